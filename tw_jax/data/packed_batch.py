@@ -1,0 +1,51 @@
+"""The contract between data and training: rows of packed tries as a few integers per token."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """Several tries laid one after another in fixed-length rows; rows are independent.
+
+    Every field has shape `[rows, row_len]`, except the hidden intervals
+    `[depth, rows, row_len]` (`depth` is the static nesting depth; 0 where the schema hides nothing).
+    Integer fields are int32, the rest float32.
+
+    Attributes:
+      tokens: token ids.
+      positions: RoPE positions.
+      parent: index in the row of the token whose hidden state predicts this one; roots and padding
+        point to themselves.
+      visible_end: exclusive; key j is visible to queries i with `j <= i < visible_end[j]`.
+        Padding holds its own index + 1, so that every token sees itself.
+      hidden_start: key j is not visible to `hidden_start[j] <= i < hidden_end[j]`.
+      hidden_end: see `hidden_start`; both 0 where unused.
+      loss_weight: weight of the token's negative log-probability; 0 for prompts, padding and
+        forced tokens.
+      advantage: RL only; the advantage of the token's rollout.
+      old_logprob: RL only; log-probability under the policy that starts the update.
+      sampler_logprob: RL only; log-probability that the rollout engine recorded.
+      rollout_id: RL only; index of the rollout in the batch, -1 for tokens without loss.
+    """
+
+    tokens: Any
+    positions: Any
+    parent: Any
+    visible_end: Any
+    hidden_start: Any
+    hidden_end: Any
+    loss_weight: Any
+    advantage: Any = None
+    old_logprob: Any = None
+    sampler_logprob: Any = None
+    rollout_id: Any = None
+
+    @property
+    def row_len(self) -> int:
+        """Tokens per row, padding included."""
+        return np.shape(self.tokens)[-1]

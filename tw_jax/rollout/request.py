@@ -1,0 +1,51 @@
+"""What a caller asks of the rollout engine."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int32
+
+Mode = Literal["parallel", "sequential"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn and when a rollout ends.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
+      max_response_tokens: budget of tokens after the prompt, forced and joined tokens included.
+      max_thread_tokens: budget of tokens sampled in one thread.
+      max_blocks: further spawn triggers are treated as plain text.
+      max_threads: outlines beyond this many are not spawned.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_response_tokens: int = 512
+    max_thread_tokens: int = 256
+    max_blocks: int = 16
+    max_threads: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One rollout to sample.
+
+    Attributes:
+      prompt: prompt token ids.
+      seed: sampling keys depend on (seed, thread path, token index) only.
+      sampling: see `SamplingParams`.
+      mode: "parallel" spawns threads; "sequential" decodes plainly, tags included.
+      forced_prefix: first tokens of the response, given instead of sampled; they count as response.
+    """
+
+    prompt: Int32[np.ndarray, "prompt"]
+    seed: int
+    sampling: SamplingParams = SamplingParams()
+    mode: Mode = "parallel"
+    forced_prefix: tuple[int, ...] = ()

@@ -1,0 +1,124 @@
+"""The interface behind which ThreadWeaver, Native (NPR, Multiverse) and APR differ.
+
+A schema is bound to one tokenizer's ids when it is made. Parser, packing, filters, the rollout
+engine, metrics and viewers take it as an argument and never look at tag names themselves.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int8, Int32
+
+from tw_jax.trajectory.trajectory import Trajectory
+from tw_jax.trajectory.trie import Trie
+from tw_jax.trajectory.units import Unit
+
+JoinRule = Literal["reencode", "gather_kv", "message"]
+PositionRule = Literal["contiguous", "shared_start", "fresh"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParseError:
+    """One place where text breaks the schema's grammar.
+
+    Attributes:
+      kind: a stable identifier such as "unclosed_thread"; see the schema for the list.
+      index: position in the token ids.
+      message: what was found, what was expected, what to do.
+    """
+
+    kind: str
+    index: int
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenClasses:
+    """Per-id facts about the vocabulary that reading outline numbers needs; each array is [vocab].
+
+    Attributes:
+      digit: 0..9 where the piece is that one digit, -1 elsewhere.
+      dot: the piece is exactly ".".
+      colon: the piece begins with ":" (pieces that merge ":" with a line break included).
+      space: the piece is white space only.
+      line_break: the piece is exactly one line break.
+      line_end: the piece ends with a line break.
+      space_start: the piece begins with a space.
+      tag: index into the schema's tags, -1 elsewhere.
+    """
+
+    digit: Int8[np.ndarray, "vocab"]
+    dot: Bool[np.ndarray, "vocab"]
+    colon: Bool[np.ndarray, "vocab"]
+    space: Bool[np.ndarray, "vocab"]
+    line_break: Bool[np.ndarray, "vocab"]
+    line_end: Bool[np.ndarray, "vocab"]
+    space_start: Bool[np.ndarray, "vocab"]
+    tag: Int8[np.ndarray, "vocab"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkJoinTokens:
+    """What the rollout engine must know of a schema, as token ids.
+
+    Attributes:
+      spawn_trigger: a sequential segment that samples this id spawns.
+      plans_open: the id that opens the list of plans; captured numbers restart here.
+      plan_open: a plan's number follows this id.
+      thread_stop: a thread that samples this id is finished.
+      fork: forced once after the spawn trigger, before the first thread's header.
+      header_prefix: forced before a thread's number.
+      header_suffix: forced after it; sampling of the thread's body begins behind it.
+      thread_close: forced in place of a missing thread stop (budget hit, or text ended).
+      join: forced after the last thread; the parent samples on behind it.
+    """
+
+    spawn_trigger: int
+    plans_open: int
+    plan_open: int
+    thread_stop: int
+    fork: tuple[int, ...]
+    header_prefix: tuple[int, ...]
+    header_suffix: tuple[int, ...]
+    thread_close: tuple[int, ...]
+    join: tuple[int, ...]
+
+
+class Schema(Protocol):
+    """One language of parallel thought, bound to a tokenizer."""
+
+    name: str
+    tags: tuple[str, ...]
+    tag_ids: Int32[np.ndarray, "tags"]
+    eos_id: int
+    classes: TokenClasses
+    fork_join: ForkJoinTokens
+    join_rule: JoinRule
+    position_rule: PositionRule
+
+    def parse(
+        self, tokens: Int32[np.ndarray, "len"], prompt_len: int = 0
+    ) -> Trajectory | tuple[ParseError, ...]:
+        """Reads token ids into a trajectory, or says where they break the grammar. Never raises."""
+        ...
+
+    def validate(self, trajectory: Trajectory) -> tuple[ParseError, ...]:
+        """The strict format check: canonical white space, numbering, non-empty threads."""
+        ...
+
+    def units(self, trajectory: Trajectory) -> tuple[Unit, ...]:
+        """The (context, completion) pairs that inference meets, in order."""
+        ...
+
+    def forest(self, trajectories: Sequence[Trajectory]) -> Trie:
+        """The trie of several trajectories that share their prompt, in depth-first preorder.
+
+        One trajectory gives its own trie. Sampled tokens of different trajectories never merge.
+        """
+        ...
+
+    def critical_path(self, trajectory: Trajectory) -> int:
+        """Tokens on the longest chain of dependent tokens after the prompt (DESIGN section 11)."""
+        ...
