@@ -1,9 +1,10 @@
-"""The root of all failures that a user can cause and mend."""
+"""The base of every failure that the person at the keyboard can mend."""
 
 
 class UserError(Exception):
-    """A problem with input, configuration or environment.
+    """Bad input, a missing file, an impossible request: one clear message, no traceback.
 
-    The message says what was wrong, where, what was expected and what to do; the command line
-    prints it alone, without a traceback.
+    The message names the file, line, key or item at fault, says what was expected, and how to mend
+    it. The command line prints it alone and exits with status 2; anything else that escapes is a
+    bug of ours and keeps its traceback.
     """

@@ -30,6 +30,7 @@ class PackedBatch:
       advantage: RL only; the advantage of the token's rollout.
       old_logprob: RL only; log-probability under the policy that starts the update.
       sampler_logprob: RL only; log-probability that the rollout engine recorded.
+      reference_logprob: RL with a KL term only; log-probability under the frozen reference.
       rollout_id: RL only; index of the rollout in the batch, -1 for tokens without loss.
     """
 
@@ -43,6 +44,7 @@ class PackedBatch:
     advantage: Any = None
     old_logprob: Any = None
     sampler_logprob: Any = None
+    reference_logprob: Any = None
     rollout_id: Any = None
 
     @property

@@ -1,1 +1,1 @@
-
+"""Evaluation: metrics, benchmarks, samples."""

@@ -45,7 +45,9 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_tokenizer(path: str | pathlib.Path = TOKENIZER_DIR) -> transformers.PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str | pathlib.Path = TOKENIZER_DIR,
+) -> transformers.PreTrainedTokenizerFast:
     """Loads a tokenizer folder the way any Hugging Face tokenizer is loaded."""
     return transformers.AutoTokenizer.from_pretrained(str(path))
 

@@ -161,13 +161,16 @@ def _add_response(
     source = np.arange(start, len(trajectory.tokens), dtype=np.int32)
     # Responses hang side by side: nothing is shared between rollouts, not even forced prefixes.
     main = builder.add_chain(prompt_end, tokens, kind, source, rollout)
+    replaced_source = len(trajectory.tokens)
     for block in trajectory.blocks:
         for ordinal, thread in enumerate(block.threads):
+            replaced = _replaced(thread, replaced_source)
+            replaced_source += len(thread.replaced)
             if ordinal == 0:
-                written = _replaced_only(thread)
+                written = replaced
                 anchor = Node(main.chain, thread.sampled_end - 1 - start)
             else:
-                written = _isolated_thread(trajectory.tokens, thread)
+                written = _isolated_thread(trajectory.tokens, thread, replaced)
                 anchor = Node(main.chain, block.threads[0].start - 1 - start)
             if len(written[0]):
                 builder.add_chain(anchor, *written, rollout)
@@ -190,24 +193,25 @@ def _joined_kinds(trajectory: Trajectory) -> Int8[np.ndarray, "len"]:
 _Written = tuple[Int32[np.ndarray, "n"], Int8[np.ndarray, "n"], Int32[np.ndarray, "n"]]
 
 
-def _isolated_thread(tokens: Int32[np.ndarray, "len"], thread: ThreadSpan) -> _Written:
+def _isolated_thread(
+    tokens: Int32[np.ndarray, "len"], thread: ThreadSpan, replaced: _Written
+) -> _Written:
     """Header and sampled tokens of a thread as it ran: (tokens, kind, source)."""
     source = np.arange(thread.start, thread.sampled_end, dtype=np.int32)
     kind = np.full(len(source), TokenKind.SAMPLED, np.int8)
     kind[: thread.body - thread.start] = TokenKind.FORCED
-    replaced, replaced_kind, replaced_source = _replaced_only(thread)
     return (
-        np.concatenate([tokens[thread.start : thread.sampled_end], replaced]),
-        np.concatenate([kind, replaced_kind]),
-        np.concatenate([source, replaced_source]),
+        np.concatenate([tokens[thread.start : thread.sampled_end], replaced[0]]),
+        np.concatenate([kind, replaced[1]]),
+        np.concatenate([source, replaced[2]]),
     )
 
 
-def _replaced_only(thread: ThreadSpan) -> _Written:
+def _replaced(thread: ThreadSpan, source: int) -> _Written:
     """The sampled tokens that the join replaced: (tokens, kind, source)."""
     n = len(thread.replaced)
     return (
         np.array(thread.replaced, np.int32),
         np.full(n, TokenKind.SAMPLED, np.int8),
-        np.full(n, -1, np.int32),
+        np.arange(source, source + n, dtype=np.int32),
     )

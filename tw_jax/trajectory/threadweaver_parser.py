@@ -132,7 +132,10 @@ def parse(
     while not cursor.done:
         try:
             if cursor.peek() != PARALLEL:
-                cursor.expect(PARALLEL, cursor.take())
+                name, index = tag_names[cursor.peek()], cursor.take()
+                raise _GrammarBreak(
+                    "unexpected_tag", index, f"{name} stands outside of any parallel block"
+                )
             blocks.append(_block(cursor))
         except _GrammarBreak as broken:
             errors.append(broken.error)

@@ -28,9 +28,9 @@ class Trie:
       hidden_start: see `PackedBatch`; `[depth, len]`.
       hidden_end: see `PackedBatch`; `[depth, len]`.
       kind: a `TokenKind` per token.
-      source: position in the trajectory's joined tokens that the token was copied from, -1 for
-        tokens that the join replaced.
-      rollout: index of the rollout that wrote the token; 0 in a single trajectory.
+      source: position in its trajectory's joined tokens that the token was copied from; tokens that
+        the join replaced count on from there, in block and thread order.
+      rollout: index of the trajectory that wrote the token; -1 for the shared prompt.
     """
 
     tokens: Int32[np.ndarray, "len"]

@@ -1,0 +1,18 @@
+"""Fixtures that the whole suite shares."""
+
+import pytest
+
+from tw_jax.tasks.character_tokenizer import load_tokenizer
+from tw_jax.trajectory.schemas import make_schema
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The character tokenizer that ships with the tasks."""
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def schema(tokenizer):
+    """The ThreadWeaver schema over it."""
+    return make_schema("threadweaver", tokenizer)

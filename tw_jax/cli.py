@@ -1,0 +1,170 @@
+"""The command line: `tw-jax VERB [config.yaml] [a.b=value ...] [--print-config] [--help]`.
+
+A verb is a configuration class and a function of it. Their modules are imported only when the verb
+is used, so that help and mistakes answer at once.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tw_jax
+from tw_jax import config as configs
+from tw_jax.errors import UserError
+
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130  # what a shell reports for a process that SIGINT ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One command.
+
+    Attributes:
+      module: where its configuration class and its function live.
+      config_class: name of the dataclass that holds all its settings.
+      function: name of the function that takes one and runs; an int that it returns is the
+        process's exit status.
+      summary: one line for the list of verbs.
+    """
+
+    module: str
+    config_class: str
+    function: str
+    summary: str
+
+    def load(self) -> tuple[type, Callable[[Any], Any]]:
+        """Imports the configuration class and the function."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.config_class), getattr(module, self.function)
+
+
+VERBS = {
+    "quickstart": Verb(
+        "tw_jax.quickstart",
+        "QuickstartConfig",
+        "run_quickstart",
+        "train a small model from scratch to think in parallel, and report",
+    ),
+    "sft": Verb("tw_jax.train.sft", "SFTConfig", "run_sft", "fine-tune on parallel trajectories"),
+    "rl": Verb("tw_jax.train.rl", "RLConfig", "run_rl", "reinforcement learning with P-GRPO"),
+    "generate": Verb(
+        "tw_jax.evals.generate", "GenerateConfig", "run_generate", "sample answers to prompts"
+    ),
+    "eval": Verb(
+        "tw_jax.evals.evaluate", "EvalConfig", "run_eval", "measure accuracy, latency and speedup"
+    ),
+    "view": Verb("tw_jax.view.browse", "ViewConfig", "run_view", "look at trajectories and masks"),
+    "doctor": Verb(
+        "tw_jax.doctor", "DoctorConfig", "run_doctor", "say what this machine has and lacks"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the process's exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        if os.environ.get("TW_JAX_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"tw-jax: {error}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        print("\ntw-jax: interrupted", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    except BrokenPipeError:  # the reader of our output has gone (`tw-jax sft --help | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"tw-jax {tw_jax.__version__}")
+        return 0
+    name, *rest = words
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known verbs: {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {name!r}; {hint}")
+    config_class, function = _load(VERBS[name])
+    if {"-h", "--help"} & set(rest):
+        print(verb_help(name, VERBS[name], config_class), flush=True)
+        return 0
+    wants_print = "--print-config" in rest
+    path, overrides = _split(name, [word for word in rest if word != "--print-config"])
+    config = configs.load_config(config_class, path, overrides)
+    if wants_print:
+        print(configs.to_yaml(config), end="", flush=True)
+        return 0
+    result = function(config)
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _load(verb: Verb) -> tuple[type, Callable[[Any], Any]]:
+    try:
+        return verb.load()
+    except ModuleNotFoundError as error:
+        if (error.name or "tw_jax").partition(".")[0] == "tw_jax":
+            raise  # a bug of ours keeps its traceback
+        raise UserError(
+            f"the Python package {error.name!r} is not installed; "
+            "`tw-jax doctor` lists what is missing and how to install it"
+        ) from error
+
+
+def _split(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """Parts the words behind a verb into an optional YAML file and `key=value` overrides."""
+    paths = [word for word in words if "=" not in word]
+    for word in paths:
+        if word.startswith("-"):
+            raise UserError(
+                f"unknown option {word!r}; settings are written key=value, see `tw-jax {verb} -h`"
+            )
+    if len(paths) > 1:
+        raise UserError(f"one config file at most, but got {' and '.join(paths)}")
+    return (paths[0] if paths else None), [word for word in words if "=" in word]
+
+
+def _overview() -> str:
+    lines = ["usage: tw-jax VERB [config.yaml] [a.b=value ...] [--print-config] [--help]", ""]
+    lines += ["Train and run language models that think in parallel.", "", "verbs:"]
+    lines += [f"  {name:<12}{verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "`tw-jax VERB --help` explains every setting of a verb."]
+    return "\n".join(lines)
+
+
+def verb_help(name: str, verb: Verb, config_class: type) -> str:
+    """The help text of a verb: its usage and every field of its configuration, explained."""
+    lines = [
+        f"usage: tw-jax {name} [config.yaml] [a.b=value ...] [--print-config] [--help]",
+        "",
+        f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+        "",
+        "Settings, in the YAML file or as key=value (the command line wins):",
+    ]
+    for row in configs.describe(config_class):
+        if row.is_section:
+            null = f" (default: {row.default})" if row.default else ""
+            lines += ["", f"[{row.key}]{null}"]
+        else:
+            lines.append(f"  {row.key}: {row.type_name} = {row.default}")
+        indent = "" if row.is_section else "      "
+        lines += textwrap.wrap(
+            row.explanation, 100, initial_indent=indent, subsequent_indent=indent
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Best-fit packing of tries into fixed-length rows."""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.trajectory.trie import TokenKind, Trie
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weight of each kind of token in the SFT loss.
+
+    Attributes:
+      sampled: tokens the model writes itself.
+      joined: copies of threads behind their earlier siblings. 1 keeps plain sequential decoding of
+        parallel text working (the paper's hybrid operation), 0 trains threads only where they run.
+      forced: headers and joins that the engine writes.
+    """
+
+    sampled: float = 1.0
+    joined: float = 1.0
+    forced: float = 0.0
+
+    def of(self, trie: Trie) -> Float32[np.ndarray, "len"]:
+        """Weight of every token of a trie; prompts weigh 0."""
+        by_kind = np.zeros(len(TokenKind), np.float32)
+        by_kind[TokenKind.SAMPLED] = self.sampled
+        by_kind[TokenKind.JOINED] = self.joined
+        by_kind[TokenKind.FORCED] = self.forced
+        return by_kind[trie.kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedTrie:
+    """A trie with the loss weight of each token, and in RL what the update needs besides.
+
+    Attributes:
+      trie: the forest.
+      loss_weight: `[len]`.
+      advantage: RL only, `[len]`.
+      sampler_logprob: RL only, `[len]`.
+      rollout_id: RL only, `[len]`; -1 for tokens without loss.
+    """
+
+    trie: Trie
+    loss_weight: Float32[np.ndarray, "len"]
+    advantage: Float32[np.ndarray, "len"] | None = None
+    sampler_logprob: Float32[np.ndarray, "len"] | None = None
+    rollout_id: np.ndarray | None = None
+
+
+def best_fit_rows(lengths: Sequence[int], row_len: int) -> list[list[int]]:
+    """Assigns items to rows, longest first, each into the fullest row that still takes it.
+
+    Args:
+      lengths: item lengths, each at most `row_len`.
+      row_len: capacity of a row.
+
+    Returns:
+      Item indices of every row.
+
+    Raises:
+      ValueError: an item is longer than a row.
+    """
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[item] > row_len:
+            raise ValueError(f"item {item} has {lengths[item]} tokens; a row holds {row_len}")
+        slot = bisect.bisect_left(space, (lengths[item], -1))
+        if slot == len(space):
+            free, row = row_len, len(rows)
+            rows.append([])
+        else:
+            free, row = space.pop(slot)
+        rows[row].append(item)
+        bisect.insort(space, (free - lengths[item], row))
+    return rows
+
+
+def pack_rows(rows: Sequence[Sequence[WeightedTrie]], row_len: int) -> PackedBatch:
+    """Lays each row's tries one after another and pads to `row_len`.
+
+    Padding tokens are roots that see only themselves and carry no weight, so they change nothing.
+    All tries must hide to the same depth.
+    """
+    shape = (len(rows), row_len)
+    depth = next((len(item.trie.hidden_start) for row in rows for item in row), 0)
+    own_index = np.broadcast_to(np.arange(row_len, dtype=np.int32), shape)
+    tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    parent, visible_end = own_index.copy(), own_index + np.int32(1)
+    hidden_start, hidden_end = (np.zeros((depth, *shape), np.int32) for _ in range(2))
+    weight, advantage, sampler = (np.zeros(shape, np.float32) for _ in range(3))
+    rollout_id = np.full(shape, -1, np.int32)
+    rl = False
+    for r, row in enumerate(rows):
+        start = 0
+        for item in row:
+            trie, span = item.trie, slice(start, start + len(item.trie))
+            tokens[r, span], positions[r, span] = trie.tokens, trie.positions
+            parent[r, span] = trie.parent + start
+            visible_end[r, span] = trie.visible_end + start
+            used = trie.hidden_end > 0
+            hidden_start[:, r, span] = np.where(used, trie.hidden_start + start, 0)
+            hidden_end[:, r, span] = np.where(used, trie.hidden_end + start, 0)
+            weight[r, span] = item.loss_weight
+            if item.advantage is not None and item.sampler_logprob is not None:
+                rl = True
+                advantage[r, span], sampler[r, span] = item.advantage, item.sampler_logprob
+                rollout_id[r, span] = item.rollout_id
+            start += len(trie)
+    return PackedBatch(
+        tokens=tokens,
+        positions=positions,
+        parent=parent,
+        visible_end=visible_end,
+        hidden_start=hidden_start,
+        hidden_end=hidden_end,
+        loss_weight=weight,
+        advantage=advantage if rl else None,
+        sampler_logprob=sampler if rl else None,
+        rollout_id=rollout_id if rl else None,
+    )

@@ -1,0 +1,62 @@
+"""`tree_attention`: the only attention of training and scoring, and its choice of backend."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float, Int32
+
+from tw_jax.kernels.attention_xla import tree_attention_xla
+from tw_jax.kernels.tile_plan import Hidden, TilePlan, plan_tiles
+
+# Each backend: (q, k, v, visible_end, hidden, plan) -> out, differentiable in q, k, v.
+_BACKENDS: dict[str, Callable[..., Array]] = {"xla": tree_attention_xla}
+
+
+def tree_attention(
+    q: Float[Array, "rows len heads dim"],
+    k: Float[Array, "rows len kv_heads dim"],
+    v: Float[Array, "rows len kv_heads dim"],
+    visible_end: Int32[Array, "rows len"],
+    hidden: Hidden | None = None,
+    *,
+    plan: TilePlan | None = None,
+    backend: str | None = None,
+) -> Float[Array, "rows len heads dim"]:
+    """Softmax attention over rows of packed trees, scaled by `dim ** -0.5`.
+
+    Key j is visible to the queries `j <= i < visible_end[j]`, except
+    `hidden_start[d, j] <= i < hidden_end[d, j]` for any d. A causal row is
+    `visible_end[j] = len`. Work and memory are proportional to the tiles that hold a visible pair;
+    no array of size len x len exists. The softmax is float32 whatever the inputs are.
+
+    Args:
+      q: queries, already normed and rotated.
+      k: keys; query head h reads key head `h // (heads // kv_heads)`.
+      v: values.
+      visible_end: exclusive end of each key's visibility; every token must see itself, padding
+        too (`visible_end[j] > j`).
+      hidden: `(hidden_start, hidden_end)`, or None where nothing is hidden (depth 0 is the same).
+      plan: `plan_tiles(visible_end, hidden)`, built once per batch; built here if absent.
+      backend: one of `xla`; None picks the best one for this platform.
+
+    Returns:
+      The attention output, in the dtype of `q`.
+
+    Raises:
+      ValueError: unknown backend, heads that do not group, or a plan made for other rows.
+    """
+    name = "xla" if backend is None else backend
+    if name not in _BACKENDS:
+        raise ValueError(f"no attention backend {name!r}: choose one of {', '.join(_BACKENDS)}")
+    rows, row_len, heads, _ = q.shape
+    if heads % k.shape[2]:
+        raise ValueError(f"{heads} query heads do not group over {k.shape[2]} key heads")
+    if hidden is not None and hidden[0].shape[0] == 0:
+        hidden = None
+    if plan is None:
+        plan = plan_tiles(visible_end, hidden)
+    if not plan.padded_len - max(plan.q_tile, plan.k_tile) < row_len <= plan.padded_len:
+        raise ValueError(
+            f"the plan is for rows of {plan.padded_len} tokens (padded), not {row_len}: "
+            "build it from this batch's visible_end"
+        )
+    return _BACKENDS[name](q, k, v, visible_end, hidden, plan)

@@ -1,0 +1,148 @@
+"""The live-tile list that drives every tree-attention backend.
+
+Attention is cut into tiles of `q_tile` queries by `k_tile` keys. In a row of packed trees most
+tiles hold no visible pair at all. The plan lists the others, once per batch, from a few integers
+per token; a backend visits the list and nothing else, so dead tiles cost no compute, no memory
+traffic and no loop trips.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+Hidden = tuple[Int32[Array, "depth rows len"], Int32[Array, "depth rows len"]]
+
+# Measured on two CPU cores (rows of 512-1024 tokens, packed tries of about 280, 4 heads of 32).
+_DEFAULT_TILE = 128
+_SMALLEST_TILE = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TilePlan:
+    """Tiles with at least one visible pair, of all rows, ordered by (row, query block, key block).
+
+    Blocks are numbered through the batch: block b of row r is `r * blocks_per_row + b`.
+
+    Attributes:
+      count: number of live tiles; later entries of the lists are meaningless.
+      q_block: query block of each tile.
+      k_block: key block of each tile.
+      q_tile: queries per tile.
+      k_tile: keys per tile.
+      padded_len: row length rounded up to whole tiles.
+    """
+
+    count: Int32[Array, ""]
+    q_block: Int32[Array, "capacity"]
+    k_block: Int32[Array, "capacity"]
+    q_tile: int = dataclasses.field(metadata={"static": True})
+    k_tile: int = dataclasses.field(metadata={"static": True})
+    padded_len: int = dataclasses.field(metadata={"static": True})
+
+
+def default_tile(row_len: int) -> int:
+    """Tile edge for rows of this length: 128, or less where one smaller tile holds the row."""
+    tile = _SMALLEST_TILE
+    while tile < min(row_len, _DEFAULT_TILE):
+        tile *= 2
+    return tile
+
+
+def pad_tokens(visible_end: Int32[Array, "rows len"], padded_len: int) -> Int32[Array, "rows new"]:
+    """Extends rows with padding tokens, each visible to itself only."""
+    rows, row_len = visible_end.shape
+    own_end = jnp.arange(row_len + 1, padded_len + 1, dtype=jnp.int32)
+    padding = jnp.broadcast_to(own_end, (rows, padded_len - row_len))
+    return jnp.concatenate([jnp.asarray(visible_end, jnp.int32), padding], axis=1)
+
+
+def plan_tiles(
+    visible_end: Int32[Array, "rows len"],
+    hidden: Hidden | None = None,
+    *,
+    q_tile: int | None = None,
+    k_tile: int | None = None,
+) -> TilePlan:
+    """Lists the live tiles of a batch; build it once, outside the layers.
+
+    The list is exact: a tile is in it if and only if one of its queries sees one of its keys.
+    Works on concrete and traced arrays.
+
+    Args:
+      visible_end: key j is visible to queries `j <= i < visible_end[j]`; every token sees itself
+        (`visible_end[j] > j`), padding included. So each query block meets its diagonal tile.
+      hidden: `(hidden_start, hidden_end)`; key j is not visible to
+        `hidden_start[d, j] <= i < hidden_end[d, j]` for any d. Must not hide a token from itself.
+      q_tile: queries per tile; by default chosen from the row length.
+      k_tile: keys per tile; like `q_tile`. One must be a multiple of the other.
+
+    Returns:
+      The plan; its lists have room for every tile on or below the diagonal.
+
+    Raises:
+      ValueError: neither tile edge divides the other.
+    """
+    rows, row_len = visible_end.shape
+    q_tile = q_tile or default_tile(row_len)
+    k_tile = k_tile or default_tile(row_len)
+    if max(q_tile, k_tile) % min(q_tile, k_tile):
+        raise ValueError(f"q_tile={q_tile}, k_tile={k_tile}: one must be a multiple of the other")
+    padded_len = -(-row_len // max(q_tile, k_tile)) * max(q_tile, k_tile)
+    q_starts = np.arange(0, padded_len, q_tile, dtype=np.int32)
+    k_starts = np.arange(0, padded_len, k_tile, dtype=np.int32)
+
+    end = pad_tokens(visible_end, padded_len)
+    reachable = k_starts[None, :] < q_starts[:, None] + q_tile  # [q blocks, k blocks]
+    if hidden is None or hidden[0].shape[0] == 0:
+        # Keys before the query block reach into it if their interval ends behind its first query.
+        last_end = end.reshape(rows, len(k_starts), k_tile).max(-1)
+        live = last_end[:, None, :] > q_starts[None, :, None]
+    else:
+        seen = _seen_by_block(end, hidden, q_starts, q_tile)
+        live = seen.reshape(rows, len(q_starts), len(k_starts), k_tile).any(-1)
+    live = live & reachable
+
+    capacity = rows * int(reachable.sum())
+    row, q_index, k_index = jnp.nonzero(live, size=capacity, fill_value=0)
+    return TilePlan(
+        count=live.sum(dtype=jnp.int32),
+        q_block=(row * len(q_starts) + q_index).astype(jnp.int32),
+        k_block=(row * len(k_starts) + k_index).astype(jnp.int32),
+        q_tile=q_tile,
+        k_tile=k_tile,
+        padded_len=padded_len,
+    )
+
+
+def _seen_by_block(
+    end: Int32[Array, "rows len"], hidden: Hidden, q_starts: np.ndarray, q_tile: int
+) -> Bool[Array, "rows q_blocks len"]:
+    """Whether any query of a block sees a key, hidden intervals taken out.
+
+    Walks the key's hidden intervals from left to right with a cursor at the first query that none
+    of them has covered so far: a gap before the next interval is a visible query.
+    """
+    padded_len = end.shape[1]
+    padding = ((0, 0), (0, 0), (0, padded_len - hidden[0].shape[2]))
+    start, stop = (jnp.pad(jnp.asarray(bound, jnp.int32), padding) for bound in hidden)
+    order = jnp.argsort(start, axis=0)
+    start, stop = (jnp.take_along_axis(bound, order, axis=0) for bound in (start, stop))
+
+    block_start = q_starts[None, :, None]
+    own = jnp.arange(padded_len, dtype=jnp.int32)
+    cursor = jnp.maximum(block_start, own)
+    last = jnp.minimum(end[:, None, :], block_start + q_tile)
+    cursor = jnp.broadcast_to(cursor, (end.shape[0], len(q_starts), padded_len))
+    seen = jnp.zeros(cursor.shape, bool)
+    for depth in range(start.shape[0]):
+        seen |= cursor < jnp.minimum(start[depth][:, None, :], last)
+        cursor = jnp.where(
+            start[depth][:, None, :] <= cursor,
+            jnp.maximum(cursor, stop[depth][:, None, :]),
+            cursor,
+        )
+    return seen | (cursor < last)

@@ -1,0 +1,260 @@
+"""How checkpoints lie on disk: orbax managers, reading one step, and what failures mean."""
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from tw_jax.errors import UserError
+from tw_jax.train.checkpoint_record import (
+    PARAMS,
+    CheckpointRecord,
+    CorruptCheckpoint,
+    check_content,
+    check_fits,
+    flatten_by_path,
+)
+
+_logger = logging.getLogger(__name__)
+_RECORD = "record"
+T = TypeVar("T")
+
+
+def absolute(directory: str | os.PathLike[str]) -> epath.Path:
+    """The directory as orbax wants it; buckets (`gs://bucket/run`) stay as they are."""
+    text = os.fspath(directory)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def open_for_writing(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
+    """A manager that saves in the background and keeps the newest `keep` steps.
+
+    Removes what interrupted saves left behind.
+
+    Raises:
+      UserError: the directory cannot be created or written.
+    """
+    options = ocp.CheckpointManagerOptions(
+        create=True,
+        cleanup_tmp_directories=True,
+        preservation_policy=ocp.checkpoint_managers.preservation_policy.LatestN(keep),
+        step_format_fixed_length=8,  # so that listings sort by step
+        save_root_metadata=False,
+        enable_async_checkpointing=True,
+    )
+    try:
+        return ocp.CheckpointManager(directory, options=options)
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoints to {directory}: {error.strerror or error}; choose a "
+            "directory that you may write to"
+        ) from error
+
+
+def open_for_reading(directory: epath.Path) -> ocp.CheckpointManager:
+    """A manager that writes nothing, so it is safe beside a run that is saving.
+
+    Raises:
+      UserError: there is no such directory.
+    """
+    if not directory.is_dir():
+        raise UserError(_nothing_at(directory, "there is no such directory"))
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        read_only=True,
+        step_format_fixed_length=8,
+        save_root_metadata=False,
+        enable_async_checkpointing=False,
+    )
+    return ocp.CheckpointManager(directory, options=options)
+
+
+def start_save(
+    manager: ocp.CheckpointManager, trees: Mapping[str, Any], record: CheckpointRecord
+) -> None:
+    """Copies arrays to the host and starts to write them; only that first part blocks."""
+    items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items[_RECORD] = ocp.args.JsonSave(record.to_json())
+    manager.save(record.step, args=ocp.args.Composite(**items), force=True)
+
+
+def read_record(manager: ocp.CheckpointManager, step: int) -> CheckpointRecord:
+    """Reads what a step says about itself; whatever exception that raises means damage."""
+    restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+    record = CheckpointRecord.from_json(restored[_RECORD])
+    if record.step != step:
+        raise CorruptCheckpoint(f"its record is of step {record.step}")
+    return record
+
+
+def read_step(
+    manager: ocp.CheckpointManager,
+    directory: epath.Path,
+    step: int,
+    abstract: Mapping[str, Any],
+    expected_meta: Mapping[str, Any],
+) -> tuple[dict[str, Any], CheckpointRecord]:
+    """Reads some trees of a step, checks first that they fit and then that they are sound.
+
+    Raises:
+      UserError: the checkpoint is of another model, optimizer or setting.
+      Exception: anything else means damage, mostly.
+    """
+    record = read_record(manager, step)
+    where = f"the checkpoint of step {step} in {directory}"
+    check_fits(record, flatten_by_path(abstract), expected_meta, where)
+    items = {
+        name: ocp.args.StandardRestore(jax.tree.map(_target, tree))
+        for name, tree in abstract.items()
+    }
+    restored = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
+    check_content(record, flatten_by_path(restored))
+    return restored, record
+
+
+def first_sound(
+    manager: ocp.CheckpointManager,
+    directory: epath.Path,
+    step: int | None,
+    read: Callable[[int], T],
+) -> tuple[T, list[int]]:
+    """Reads the named step, or the newest that reads well.
+
+    In a run of several processes a step counts as sound if it reads well in all of them.
+
+    Args:
+      manager: lists the steps.
+      directory: for messages.
+      step: the step to read; None for the newest sound one.
+      read: reads one step.
+
+    Returns:
+      What `read` returned, and the newer steps that are damaged, which are logged.
+
+    Raises:
+      UserError: there is no such step, or none is sound.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    if not steps:
+        raise UserError(_nothing_at(directory, "it holds no complete checkpoint"))
+    if step is not None and step not in steps:
+        raise UserError(
+            f"there is no checkpoint of step {step} in {directory}; there are steps "
+            f"{_listed(steps)}"
+        )
+    causes: dict[int, str] = {}
+    for candidate in steps if step is None else [step]:
+        result, cause = _attempt(read, candidate)
+        if _everywhere(cause is None) and cause is None:
+            for bad in causes:
+                _logger.warning(
+                    f"the checkpoint of step {bad} in {directory} is damaged ({causes[bad]}); "
+                    f"using step {candidate} instead"
+                )
+            return result, list(causes)
+        causes[candidate] = cause or "another process could not read it"
+    told = "; ".join(f"step {bad}: {cause}" for bad, cause in causes.items())
+    others = [other for other in steps if other not in causes]
+    remedy = (
+        f"choose another step ({_listed(others)})"
+        if others
+        else "copy the directory back from a backup, or train again in a new one"
+    )
+    raise UserError(f"no usable checkpoint in {directory}: {told}. Remedy: {remedy}")
+
+
+def set_aside(manager: ocp.CheckpointManager, directory: epath.Path, damaged: list[int]) -> None:
+    """Renames damaged steps to `<step>.corrupt`, so that training can save those steps again."""
+    if not damaged:
+        return
+    if jax.process_index() == 0:
+        for path in list(directory.iterdir()):
+            if path.name.isdigit() and int(path.name) in damaged:
+                target = path.parent / f"{path.name}.corrupt"
+                if target.exists():
+                    target.rmtree()
+                path.rename(target)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    manager.reload()
+
+
+def abstract_params(record: CheckpointRecord) -> dict[str, Any]:
+    """Shapes and dtypes of the saved parameters as a nested dict."""
+    params: dict[str, Any] = {}
+    for path, entry in record.arrays.items():
+        root, *parents, name = path.split("/")
+        if root != PARAMS:
+            continue
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+    return params
+
+
+def file_system_cause(error: Exception) -> str | None:
+    """What the operating system said, if the file system was to blame; else None."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # TensorStore raises ValueError for everything and puts the system's error number in the text.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found is None:
+        return None
+    code = int(found.group(1))
+    return os.strerror(code) if code in errno.errorcode else f"system error {code}"
+
+
+def is_no_background_traceback(record: logging.LogRecord) -> bool:
+    """Drops tracebacks that orbax's threads log: the same error reaches the caller as a message."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _attempt(read: Callable[[int], T], step: int) -> tuple[Any, str | None]:
+    """The result and None, or None and why the step is damaged."""
+    try:
+        return read(step), None
+    except (UserError, MemoryError, PermissionError):
+        raise
+    except Exception as error:  # files cut short or altered fail in countless ways
+        if re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error)):
+            raise  # another checkpoint would not cure that
+        lines = str(error).strip().splitlines() or [""]
+        text = lines[0] if len(lines[0]) <= 200 else f"{lines[0][:200]}..."
+        return None, text if isinstance(error, CorruptCheckpoint) else (
+            f"{type(error).__name__}: {text}"
+        )
+
+
+def _everywhere(ok: bool) -> bool:
+    """True if every process says so: all must restore the same step."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=sharding)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(steps)))
+
+
+def _nothing_at(directory: epath.Path, why: str) -> str:
+    return (
+        f"no checkpoint at {directory}: {why}. Train a model there first (`make quickstart` or "
+        "`tw-jax sft`), or name the directory that holds the step folders"
+    )

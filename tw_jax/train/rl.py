@@ -1,0 +1,382 @@
+"""Reinforcement learning with the exact policy gradient of the fork-join process (P-GRPO).
+
+1. Each step samples `group_size` rollouts of `prompts` problems with the current parameters.
+2. Every rollout is graded; rewards are centred within their group into advantages.
+3. Each group becomes one forest (`group_forest`), forests are packed into rows, and one optimizer
+   update follows on the global token mean; sampler and trainer log-probabilities are compared.
+4. Problems and sampling seeds are functions of (seed, step), so a run resumed from a checkpoint
+   repeats exactly what an uninterrupted run would have done.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
+from tw_jax.errors import UserError
+from tw_jax.rewards.grading import Graded, grade
+from tw_jax.rewards.reward import RewardConfig, RolloutFacts, reward_terms
+from tw_jax.rollout.engine import EngineConfig, RolloutEngine
+from tw_jax.rollout.request import Request, SamplingParams
+from tw_jax.rollout.rollout import Rollout
+from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.tasks.task import Task
+from tw_jax.data.text import encode_prompt
+from tw_jax.train.checkpoint import Checkpointer
+from tw_jax.train.group_forest import group_forest
+from tw_jax.train.interrupt import graceful_interrupt
+from tw_jax.train.objective import ObjectiveConfig, group_advantages
+from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
+from tw_jax.train.progress import training_progress
+from tw_jax.train.run_dir import (
+    LoadedModel,
+    checkpoint_meta,
+    checkpoints_dir,
+    load_run,
+    prepare_run_dir,
+)
+from tw_jax.train.scoring import token_logprobs
+from tw_jax.train.state import init_train_state
+from tw_jax.train.tracker import TrackerConfig, make_tracker
+from tw_jax.train.update import MemoryConfig, make_update, policy_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """One reinforcement-learning run.
+
+    Attributes:
+      run_dir: folder of the run; the same folder resumes.
+      init_from: folder of the run whose model is improved.
+      init_step: checkpoint step of `init_from`; null takes the newest.
+      seed: of problems and sampling.
+      steps: rollout-and-update rounds.
+      prompts: problems per step.
+      group_size: rollouts per problem.
+      updates_per_step: optimizer updates that share a step's rollouts; more than 1 needs an
+        objective with a ratio.
+      task: source of problems.
+      sampling: how rollouts are drawn.
+      engine: size of the rollout engine.
+      reward: see `RewardConfig`.
+      objective: see `ObjectiveConfig`; `tw_jax.train.objective.PRESETS` lists the published ones.
+      optimizer: see `OptimizerConfig`.
+      memory: see `MemoryConfig`.
+      row_len: tokens per packed row; a group that is longer is split into several forests.
+      rows: rows per micro-batch.
+      tracker: where metrics go.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      keep_checkpoints: newest checkpoints that are kept.
+    """
+
+    run_dir: str = "runs/rl"
+    init_from: str = "runs/sft"
+    init_step: int | None = None
+    seed: int = 0
+    steps: int = 60
+    prompts: int = 16
+    group_size: int = 8
+    updates_per_step: int = 1
+    task: TaskConfig = TaskConfig()
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineConfig = EngineConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1.5e-4, schedule="constant", warmup_steps=5
+    )
+    memory: MemoryConfig = MemoryConfig()
+    row_len: int = 2048
+    rows: int = 2
+    tracker: TrackerConfig = TrackerConfig()
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size}: a group mean needs at least 2")
+        if not 1 <= self.updates_per_step <= self.prompts:
+            raise ValueError(
+                f"updates_per_step={self.updates_per_step}: must lie in 1..prompts={self.prompts}"
+            )
+        if self.updates_per_step > 1 and self.objective.ratio == "on_policy":
+            raise ValueError(
+                "updates_per_step > 1 is off-policy: set objective.ratio to ppo_clip or detached"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RLResult:
+    """How a run ended.
+
+    Attributes:
+      model: the improved model.
+      max_logprob_abs_diff: largest sampler-trainer difference of any token in this call.
+      seconds: wall time of this call.
+      interrupted: the run was stopped by a signal and saved.
+    """
+
+    model: LoadedModel
+    max_logprob_abs_diff: float
+    seconds: float
+    interrupted: bool
+
+
+def run_rl(config: RLConfig) -> RLResult:
+    """Improves a model until `config.steps`, resuming where a checkpoint exists.
+
+    Raises:
+      UserError: unusable configuration or checkpoint.
+    """
+    began = time.monotonic()
+    model = load_run(config.init_from, config.init_step)
+    run_dir = prepare_run_dir(config.run_dir, config, model.tokenizer)
+    task = make_task(config.task)
+    engine = RolloutEngine(model.graphdef, model.schema, config.engine)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    update = make_update(policy_sum(model.graphdef, config.objective, config.memory), optimizer)
+    score = _scorer(config, model)
+    reference = model.params if config.objective.kl_coefficient else None
+
+    # The update donates its state; the reference and the loaded model must survive it.
+    own_params = jax.tree.map(jnp.copy, model.params)
+    state = jax.jit(lambda params: init_train_state(params, optimizer))(own_params)
+    meta = checkpoint_meta(model.config, model.schema, seed=config.seed, init_from=config.init_from)
+    largest = 0.0
+    with (
+        Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
+        graceful_interrupt() as interrupt,
+    ):
+        if checkpointer.latest_step() is not None:
+            state, _, _ = checkpointer.restore(state, expected_meta=meta)
+        step = start = int(state.step) // config.updates_per_step
+        with (
+            make_tracker(config.tracker, run_dir, resume_step=start) as tracker,
+            training_progress("P-GRPO", config.steps, start) as progress,
+        ):
+            saved = start
+            while step < config.steps and not interrupt.requested:
+                clock = time.monotonic()
+                rollouts, graded = _sample(config, model, engine, task, state.params, step)
+                rollout_s = time.monotonic() - clock
+                facts, rewards = _rewards(config, rollouts, graded, step)
+                advantages = group_advantages(rewards, config.objective.normalizer)
+                sums: dict[str, float] = {}
+                # Scored before the first update: "old" is the policy that sampled.
+                updates = [
+                    [score(state.params, reference, batch) for batch in batches]
+                    for batches in _micro_batches(config, model, rollouts, advantages)
+                ]
+                for batches in updates:
+                    state, update_sums = update(state, batches)
+                    sums = _merge(sums, update_sums)
+                largest = max(largest, sums["max_logprob_abs_diff"])
+                step += 1
+                metrics = _metrics(rollouts, facts, rewards, sums)
+                metrics |= {
+                    "rollout_s": rollout_s,
+                    "update_s": time.monotonic() - clock - rollout_s,
+                    "skipped_updates": int(state.skipped_updates),
+                }
+                metrics |= _reward_term_means(config, facts, step - 1)
+                tracker.log(step, metrics)
+                shown = {k: metrics[k] for k in ("reward", "accuracy", "activation_ratio")}
+                progress.update(step, tokens=int(sums["tokens"]), metrics=shown)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    checkpointer.save(step, state, data_state=None, meta=meta)
+                    saved = step
+            if step > saved:
+                checkpointer.save(step, state, data_state=None, meta=meta)
+    if interrupt.requested:
+        print(f"Stopped at step {step} and saved. Run the same command again to go on.")
+    return RLResult(
+        model=dataclasses.replace(model, params=state.params, step=step),
+        max_logprob_abs_diff=largest,
+        seconds=time.monotonic() - began,
+        interrupted=interrupt.requested,
+    )
+
+
+def rollout_seed(*key: int) -> int:
+    """A 32-bit sampling seed that depends on the key alone."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def _sample(
+    config: RLConfig,
+    model: LoadedModel,
+    engine: RolloutEngine,
+    task: Task,
+    params: Any,
+    step: int,
+) -> tuple[list[Rollout], list[Graded]]:
+    """Rollouts of one step, prompt by prompt, graded as they finish."""
+    problems = [
+        task.problem("train", step * config.prompts + i, config.seed)
+        for i in range(config.prompts)
+    ]
+    requests = [
+        Request(
+            prompt=encode_prompt(model.tokenizer, problem.prompt),
+            seed=rollout_seed(config.seed, step, p, k),
+            sampling=config.sampling,
+        )
+        for p, problem in enumerate(problems)
+        for k in range(config.group_size)
+    ]
+    graded: dict[int, Graded] = {}
+
+    def grade_one(index: int, rollout: Rollout) -> None:
+        problem = problems[index // config.group_size]
+        graded[index] = grade(rollout, problem, task, model.tokenizer, model.schema)
+
+    rollouts = engine.generate(params, requests, on_finish=grade_one)
+    return rollouts, [graded[i] for i in range(len(rollouts))]
+
+
+def _rewards(
+    config: RLConfig, rollouts: Sequence[Rollout], graded: Sequence[Graded], step: int
+) -> tuple[list[RolloutFacts], np.ndarray]:
+    facts = [
+        RolloutFacts(g.correct, g.format_valid, r.total_tokens, r.critical_path)
+        for r, g in zip(rollouts, graded, strict=True)
+    ]
+    rewards = [sum(reward_terms(config.reward, f, step).values()) for f in facts]
+    return facts, np.reshape(rewards, (config.prompts, config.group_size))
+
+
+def _micro_batches(
+    config: RLConfig,
+    model: LoadedModel,
+    rollouts: Sequence[Rollout],
+    advantages: np.ndarray,
+) -> list[list[PackedBatch]]:
+    """Micro-batches of every update; groups are dealt to updates in order."""
+    groups = np.array_split(np.arange(config.prompts), config.updates_per_step)
+    updates = []
+    for members in groups:
+        forests = [f for p in members for f in _forests(config, model, rollouts, advantages, int(p))]
+        rows = best_fit_rows([len(forest.trie) for forest in forests], config.row_len)
+        rows += [[] for _ in range(-len(rows) % config.rows)]
+        updates.append(
+            [
+                pack_rows(
+                    [[forests[i] for i in row] for row in rows[start : start + config.rows]],
+                    config.row_len,
+                )
+                for start in range(0, len(rows), config.rows)
+            ]
+        )
+    return updates
+
+
+def _forests(
+    config: RLConfig,
+    model: LoadedModel,
+    rollouts: Sequence[Rollout],
+    advantages: np.ndarray,
+    prompt: int,
+) -> list[WeightedTrie]:
+    """The group of one prompt as one forest, or several where it is longer than a row."""
+    ids = list(range(prompt * config.group_size, (prompt + 1) * config.group_size))
+
+    def build(members: list[int]) -> list[WeightedTrie]:
+        forest = group_forest(
+            model.schema,
+            [rollouts[i] for i in members],
+            [float(advantages.reshape(-1)[i]) for i in members],
+            members,
+            config.objective.aggregation,
+        )
+        if len(forest.trie) <= config.row_len:
+            return [forest]
+        if len(members) == 1:
+            raise UserError(
+                f"row_len={config.row_len} is too short: one rollout has {len(forest.trie)} trie "
+                "tokens; raise row_len or lower sampling.max_response_tokens"
+            )
+        half = len(members) // 2
+        return build(members[:half]) + build(members[half:])
+
+    return build(ids)
+
+
+def _scorer(config: RLConfig, model: LoadedModel) -> Callable[[Any, Any, PackedBatch], PackedBatch]:
+    """Adds log-probabilities of the policy before the update, and of the reference if any."""
+
+    @jax.jit
+    def logprobs(params: Any, batch: PackedBatch):
+        return token_logprobs(
+            model.graphdef,
+            params,
+            batch,
+            head_chunk=config.memory.head_chunk,
+            remat=config.memory.remat,
+        )
+
+    def score(params: Any, reference: Any, batch: PackedBatch) -> PackedBatch:
+        if config.objective.ratio != "on_policy":
+            batch = dataclasses.replace(batch, old_logprob=logprobs(params, batch))
+        if reference is not None:
+            batch = dataclasses.replace(batch, reference_logprob=logprobs(reference, batch))
+        return batch
+
+    return score
+
+
+def _merge(sums: dict[str, float], more: dict[str, Any]) -> dict[str, float]:
+    """Adds up the sums of a step's updates; maxima by maximum."""
+    values = {name: float(value) for name, value in more.items()}
+    if not sums:
+        return values
+    return {
+        name: max(sums[name], value) if name.startswith("max_") else sums[name] + value
+        for name, value in values.items()
+    }
+
+
+def _metrics(
+    rollouts: Sequence[Rollout],
+    facts: Sequence[RolloutFacts],
+    rewards: np.ndarray,
+    sums: dict[str, float],
+) -> dict[str, float]:
+    """What one step logs: rollouts, rewards and the update."""
+
+    def mean(values: Any) -> float:
+        return float(np.mean(list(values)))
+
+    tokens = max(sums["tokens"], 1.0)
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std_in_group": float(rewards.std(axis=1).mean()),
+        "accuracy": mean(f.correct for f in facts),
+        "format_valid_rate": mean(f.format_valid for f in facts),
+        "activation_ratio": mean(bool(r.trajectory.blocks) for r in rollouts),
+        "critical_path": mean(r.critical_path for r in rollouts),
+        "total_tokens": mean(r.total_tokens for r in rollouts),
+        "acceleration_ratio": mean(1 - r.critical_path / max(r.total_tokens, 1) for r in rollouts),
+        "finished_by_eos": mean(r.finish_reason == "eos" for r in rollouts),
+        "loss": sums["loss"] / max(sums["weight"], 1e-20),
+        "nll": sums["nll"] / tokens,
+        "grad_norm": sums["grad_norm"],
+        "logprob_abs_diff_mean": sums["logprob_abs_diff"] / tokens,
+        "logprob_abs_diff_max": sums["max_logprob_abs_diff"],
+    }
+
+
+def _reward_term_means(
+    config: RLConfig, facts: Sequence[RolloutFacts], step: int
+) -> dict[str, float]:
+    """Mean of every reward term over all rollouts."""
+    totals: dict[str, float] = {}
+    for fact in facts:
+        for name, value in reward_terms(config.reward, fact, step).items():
+            totals[name] = totals.get(name, 0.0) + value
+    return {f"reward/{name}": value / len(facts) for name, value in totals.items()}

@@ -1,0 +1,308 @@
+"""Supervised fine-tuning on trie-packed trajectories.
+
+1. Each step takes the next `gradient_accumulation` batches of packed rows from the grain pipeline.
+2. `train.update` turns them into one optimizer update on the global weighted token mean.
+3. Every `eval_every` steps the held-out loss is measured on fixed batches; every
+   `checkpoint_every` steps parameters, optimizer and data position are saved.
+4. Started again with the same command, a run goes on from its newest checkpoint with exactly the
+   batches and updates that an uninterrupted run would have made.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.data.packing import LossWeights, WeightedTrie
+from tw_jax.data.pipeline import packed_batches
+from tw_jax.data.sources import TaskTrajectories, file_trajectories
+from tw_jax.errors import UserError
+from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.train.checkpoint import Checkpointer
+from tw_jax.train.interrupt import graceful_interrupt
+from tw_jax.train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from tw_jax.train.progress import training_progress
+from tw_jax.train.run_dir import (
+    LoadedModel,
+    ModelConfig,
+    checkpoint_meta,
+    checkpoints_dir,
+    new_model,
+    prepare_run_dir,
+)
+from tw_jax.train.state import TrainState, init_train_state
+from tw_jax.train.tracker import TrackerConfig, make_tracker
+from tw_jax.train.update import MemoryConfig, make_update, nll_sum
+from tw_jax.trajectory.trajectory import Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTDataConfig:
+    """Where trajectories come from and how they are packed.
+
+    Attributes:
+      files: JSONL trajectory files; empty to generate trajectories from the task as they are
+        needed.
+      parallel_share: share of generated problems that are shown in parallel style.
+      row_len: tokens per packed row.
+      rows: rows per micro-batch.
+      window: tries that are packed together; more pack tighter.
+      epochs: passes over the files; null repeats them until the steps are done.
+      loss: weight of each kind of token.
+      heldout_batches: batches of the held-out loss; 0 for none.
+      heldout_files: JSONL files of the held-out loss; empty takes the task's held-out split.
+    """
+
+    files: tuple[str, ...] = ()
+    parallel_share: float = 0.5
+    row_len: int = 1024
+    rows: int = 2
+    window: int = 128
+    epochs: int | None = None
+    loss: LossWeights = LossWeights()
+    heldout_batches: int = 4
+    heldout_files: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """One fine-tuning run.
+
+    Attributes:
+      run_dir: folder of the run; the same folder resumes.
+      seed: of parameters, problems and shuffling.
+      steps: optimizer updates.
+      gradient_accumulation: micro-batches per update.
+      model: which model.
+      task: what is trained when no files are given, and what is evaluated.
+      data: see `SFTDataConfig`.
+      optimizer: see `OptimizerConfig`.
+      memory: see `MemoryConfig`.
+      tracker: where metrics go.
+      log_every: steps between logged metrics.
+      eval_every: steps between held-out losses.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      keep_checkpoints: newest checkpoints that are kept.
+    """
+
+    run_dir: str = "runs/sft"
+    seed: int = 0
+    steps: int = 1500
+    gradient_accumulation: int = 1
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    data: SFTDataConfig = SFTDataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=3e-3,
+        final_learning_rate_fraction=0.05,
+        warmup_steps=50,
+        beta2=0.98,
+        weight_decay=0.01,
+    )
+    memory: MemoryConfig = MemoryConfig()
+    tracker: TrackerConfig = TrackerConfig()
+    log_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+
+
+# Called after a step with the step number and the parameters; levanter's "hooks every n".
+Hook = Callable[[int, Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTResult:
+    """How a run ended.
+
+    Attributes:
+      model: the trained model.
+      heldout_loss: last held-out loss in nats per token, NaN where none was measured.
+      seconds: wall time of this call.
+      interrupted: the run was stopped by a signal and saved.
+    """
+
+    model: LoadedModel
+    heldout_loss: float
+    seconds: float
+    interrupted: bool
+
+
+def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTResult:
+    """Trains until `config.steps`, resuming where a checkpoint exists.
+
+    Args:
+      config: the run.
+      hooks: (every n steps, function) pairs.
+
+    Raises:
+      UserError: unusable configuration, data or checkpoint.
+    """
+    began = time.monotonic()
+    model = new_model(config.model, config.seed)
+    run_dir = prepare_run_dir(config.run_dir, config, model.tokenizer)
+    to_trie = _trie_maker(config, model)
+    batches = iter(_training_batches(config, model, to_trie, run_dir))
+    heldout = _heldout_batches(config, model, to_trie, run_dir)
+
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    learning_rate = learning_rate_schedule(config.optimizer, config.steps)
+    sum_loss = nll_sum(model.graphdef, config.memory)
+    update = make_update(sum_loss, optimizer)
+    heldout_sums = jax.jit(lambda params, batch: sum_loss(params, batch)[1])
+
+    state = jax.jit(lambda params: init_train_state(params, optimizer))(model.params)
+    meta = checkpoint_meta(model.config, model.schema, seed=config.seed)
+    heldout_loss = float("nan")
+    with (
+        Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
+        graceful_interrupt() as interrupt,
+    ):
+        if checkpointer.latest_step() is not None:
+            state, data_state, _ = checkpointer.restore(state, expected_meta=meta)
+            batches.set_state(data_state)
+        step = int(state.step)
+
+        def save() -> None:
+            checkpointer.save(step, state, data_state=batches.get_state(), meta=meta)
+
+        with (
+            make_tracker(config.tracker, run_dir, resume_step=step) as tracker,
+            training_progress("SFT", config.steps, step) as progress,
+        ):
+            saved = step
+            while step < config.steps and not interrupt.requested:
+                micro = list(itertools.islice(batches, config.gradient_accumulation))
+                if len(micro) < config.gradient_accumulation:
+                    break  # the files are used up
+                state, sums = update(state, micro)
+                step += 1
+                progress.update(step, tokens=_useful_tokens(micro), metrics={})
+                if step % config.log_every == 0 or step == config.steps:
+                    metrics = {
+                        "loss": float(sums["loss"]) / max(float(sums["weight"]), 1e-20),
+                        "grad_norm": float(sums["grad_norm"]),
+                        "skipped_updates": int(state.skipped_updates),
+                        "learning_rate": float(learning_rate(step - 1)),
+                        "tokens_per_s": progress.tokens_per_s,
+                    }
+                    progress.update(step, tokens=0, metrics={"loss": metrics["loss"]})
+                    tracker.log(step, metrics)
+                if heldout and (step % config.eval_every == 0 or step == config.steps):
+                    heldout_loss = _mean_loss(heldout_sums, state.params, heldout)
+                    tracker.log(step, {"heldout_loss": heldout_loss})
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    save()
+                    saved = step
+                for every, hook in hooks:
+                    if step % every == 0:
+                        hook(step, state.params)
+            if step > saved:
+                save()
+    if interrupt.requested:
+        print(f"Stopped at step {step} and saved. Run the same command again to go on.")
+    return SFTResult(
+        model=dataclasses.replace(model, params=state.params, step=step),
+        heldout_loss=heldout_loss,
+        seconds=time.monotonic() - began,
+        interrupted=interrupt.requested,
+    )
+
+
+def _useful_tokens(batches: Sequence[PackedBatch]) -> int:
+    """Tokens that are not padding: padding sees only itself and predicts itself."""
+    own = np.arange(batches[0].row_len)
+    padding = sum(
+        int(np.sum((b.visible_end == own + 1) & (b.parent == own) & (b.positions == 0)))
+        for b in batches
+    )
+    return sum(b.tokens.size for b in batches) - padding
+
+
+def _mean_loss(sums: Callable, params: Any, batches: Sequence[PackedBatch]) -> float:
+    totals = [sums(params, batch) for batch in batches]
+    weight = sum(float(t["weight"]) for t in totals)
+    return sum(float(t["loss"]) for t in totals) / max(weight, 1e-20)
+
+
+def _trie_maker(
+    config: SFTConfig, model: LoadedModel
+) -> Callable[[Trajectory], WeightedTrie]:
+    def to_trie(trajectory: Trajectory) -> WeightedTrie:
+        trie = model.schema.forest([trajectory])
+        return WeightedTrie(trie, config.data.loss.of(trie))
+
+    return to_trie
+
+
+def _training_batches(config: SFTConfig, model: LoadedModel, to_trie, run_dir: pathlib.Path):
+    data = config.data
+    if data.files:
+        source = file_trajectories(
+            data.files, model.tokenizer, model.schema, data.row_len, run_dir / "rejects.jsonl"
+        )
+    else:
+        source = _task_trajectories(config, model, "train")
+    return packed_batches(
+        source,
+        to_trie,
+        rows=data.rows,
+        row_len=data.row_len,
+        window=data.window,
+        seed=config.seed,
+        shuffle=bool(data.files),
+        epochs=data.epochs if data.files else None,
+    )
+
+
+def _heldout_batches(
+    config: SFTConfig, model: LoadedModel, to_trie, run_dir: pathlib.Path
+) -> list[PackedBatch]:
+    data = config.data
+    if not data.heldout_batches or (data.files and not data.heldout_files):
+        return []
+    if data.heldout_files:
+        source = file_trajectories(
+            data.heldout_files,
+            model.tokenizer,
+            model.schema,
+            data.row_len,
+            run_dir / "heldout_rejects.jsonl",
+        )
+    else:
+        source = _task_trajectories(config, model, "heldout")
+    batches = packed_batches(
+        source,
+        to_trie,
+        rows=data.rows,
+        row_len=data.row_len,
+        window=data.window,
+        seed=config.seed,
+        shuffle=False,
+        epochs=1,
+    )
+    return list(itertools.islice(batches, data.heldout_batches))
+
+
+def _task_trajectories(config: SFTConfig, model: LoadedModel, split) -> TaskTrajectories:
+    source = TaskTrajectories(
+        make_task(config.task),
+        model.tokenizer,
+        model.schema,
+        split=split,
+        seed=config.seed,
+        parallel_share=config.data.parallel_share,
+    )
+    longest = source.longest_trie_len()
+    if longest > config.data.row_len:
+        raise UserError(
+            f"data.row_len={config.data.row_len} is too short: the longest trie of task "
+            f"{config.task.name!r} has {longest} tokens; set data.row_len to at least that"
+        )
+    return source

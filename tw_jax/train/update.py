@@ -1,0 +1,134 @@
+"""One optimizer update, in three numbered sentences.
+
+1. Every micro-batch gives the gradient of a *sum* over its tokens, and the sum of their weights;
+   both are added up, never averaged.
+2. After the last micro-batch one division turns sums into the global weighted mean, so that how
+   tokens were split into rows, micro-batches or devices changes nothing.
+3. The optimizer takes the mean gradient; a non-finite one skips the update and is counted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32
+
+from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.models.qwen3 import Params
+from tw_jax.train.objective import ObjectiveConfig, policy_loss
+from tw_jax.train.scoring import token_logprobs
+from tw_jax.train.state import TrainState, apply_gradients
+
+# (params, batch) -> (weighted sum of losses, metric sums); "weight" must be among the sums, and
+# keys that begin with "max_" are combined by maximum.
+SumLoss = Callable[[Params, PackedBatch], tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What the backward pass keeps and how wide the LM head runs.
+
+    Attributes:
+      remat: recompute each layer in the backward pass.
+      head_chunk: tokens per chunk of LM head and log-softmax.
+    """
+
+    remat: bool = False
+    head_chunk: int = 4096
+
+
+def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig) -> SumLoss:
+    """SFT: sum of weighted negative log-probabilities (DESIGN section 7)."""
+
+    def loss(params: Params, batch: PackedBatch):
+        logprob = token_logprobs(
+            graphdef, params, batch, head_chunk=memory.head_chunk, remat=memory.remat
+        )
+        total = -jnp.sum(jnp.where(batch.loss_weight > 0, batch.loss_weight * logprob, 0.0))
+        sums = {"weight": jnp.sum(batch.loss_weight), "loss": total}
+        return total, sums
+
+    return loss
+
+
+def policy_sum(
+    graphdef: nnx.GraphDef, objective: ObjectiveConfig, memory: MemoryConfig
+) -> SumLoss:
+    """RL: sum of weighted policy losses, and how far sampler and trainer are apart."""
+
+    def loss(params: Params, batch: PackedBatch):
+        logprob = token_logprobs(
+            graphdef, params, batch, head_chunk=memory.head_chunk, remat=memory.remat
+        )
+        sampled = batch.loss_weight > 0
+        old = batch.sampler_logprob if batch.old_logprob is None else batch.old_logprob
+        per_token = policy_loss(
+            objective, logprob, old, batch.advantage, batch.reference_logprob
+        )
+        total = jnp.sum(jnp.where(sampled, batch.loss_weight * per_token, 0.0))
+        apart = jnp.where(sampled, jnp.abs(logprob - batch.sampler_logprob), 0.0)
+        sums = {
+            "weight": jnp.sum(batch.loss_weight),
+            "loss": total,
+            "tokens": jnp.sum(sampled).astype(jnp.float32),
+            "nll": -jnp.sum(jnp.where(sampled, logprob, 0.0)),
+            "logprob_abs_diff": jnp.sum(apart),
+            "max_logprob_abs_diff": jnp.max(apart),
+        }
+        return total, sums
+
+    return loss
+
+
+def make_update(
+    sum_loss: SumLoss, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Iterable[PackedBatch]], tuple[TrainState, dict[str, Array]]]:
+    """Compiles the update; the returned function donates the state it is given.
+
+    Its metrics are the sums of `sum_loss` over all micro-batches (not yet divided), plus what
+    `apply_gradients` reports.
+    """
+
+    def gradient(params: Params, batch: PackedBatch):
+        grads, sums = jax.grad(sum_loss, has_aux=True)(params, batch)
+        return grads, sums
+
+    @jax.jit
+    def first(params: Params, batch: PackedBatch):
+        return gradient(params, batch)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def accumulate(params: Params, so_far: Any, batch: PackedBatch):
+        grads, sums = gradient(params, batch)
+        return (
+            jax.tree.map(jnp.add, so_far[0], grads),
+            {
+                name: (jnp.maximum if name.startswith("max_") else jnp.add)(so_far[1][name], value)
+                for name, value in sums.items()
+            },
+        )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def apply(state: TrainState, grads: Params, weight: Array):
+        mean = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-20), grads)
+        return apply_gradients(state, mean, optimizer)
+
+    def update(state: TrainState, batches: Iterable[PackedBatch]):
+        total = None
+        for batch in batches:
+            if total is None:
+                total = first(state.params, batch)
+            else:
+                total = accumulate(state.params, total, batch)
+        if total is None:
+            raise ValueError("an update needs at least one micro-batch")
+        grads, sums = total
+        state, applied = apply(state, grads, sums["weight"])
+        return state, {**sums, **applied}
+
+    return update

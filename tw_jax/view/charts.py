@@ -1,0 +1,346 @@
+"""Charts as inline SVG: from numbers to markup, without script or library.
+
+Each function takes data and labels and returns one self-contained `<svg>`, safe to embed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from tw_jax.view import svg
+from tw_jax.view.numbers import Formatter, number, percent, times
+from tw_jax.view.scales import Scale, linear_scale, log_scale
+
+MAX_LINE_POINTS = 400
+# Estimates for placing labels: the style sheet's largest chart type is this wide and high.
+_CHARACTER_WIDTH, _LINE_HEIGHT = 8.0, 17.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One line of a line chart.
+
+    Attributes:
+      name: shown in the legend.
+      css: class that carries its colour.
+      x: ascending.
+      y: same length; None and non-finite values leave gaps.
+      smooth: draw the values faintly and a moving average on top.
+    """
+
+    name: str
+    css: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    smooth: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One marker of a scatter plot with its 95% intervals.
+
+    Attributes:
+      label: written beside it.
+      css: class that carries its colour.
+      shape: "circle", "square", "diamond" or "ring".
+      x: value.
+      y: value.
+      x_interval: (low, high); None draws no bar.
+      y_interval: (low, high); None draws no bar.
+    """
+
+    label: str
+    css: str
+    shape: str
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+
+
+SMALL = svg.Size(340, 224, left=50)
+LARGE = svg.Size(500, 340, left=56)
+
+
+def line_chart(
+    labels: svg.Labels, series: Sequence[Series], *, tick: Formatter = number, share: bool = False
+) -> Markup:
+    """Lines over training steps; logarithmic where positive values span a factor above 20.
+
+    Args:
+      labels: see `svg.Labels`.
+      series: at least one with a finite value, or the chart says that there are no data.
+      tick: writes the values of the vertical axis.
+      share: fix the vertical axis to 0..1.
+    """
+    drawn = [_thin(s) for s in series]
+    values = [y for s in drawn for y in s.y if y is not None]
+    if not values:
+        return svg.figure(
+            labels, SMALL, svg.text(SMALL.width / 2, SMALL.height / 2, "no data", "tick mid")
+        )
+    size = SMALL
+    y_range = (size.height - size.bottom, size.top)
+    if share:
+        y_scale = Scale(0, 1, *y_range)
+    elif min(values) > 0 and max(values) / min(values) > 20:
+        y_scale = log_scale(values, *y_range)
+    else:
+        y_scale = linear_scale(values, *y_range, floor=0 if min(values) >= 0 else None)
+    steps = [x for s in drawn for x in s.x]
+    first, last = min(steps), max(steps)
+    x_scale = Scale(first, last if last > first else first + 1, size.left, size.width - size.right)
+    body = svg.axes(labels, size, x_scale, y_scale, number, tick)
+    for line in drawn:
+        if line.smooth and len(line.x) > 12:
+            body += _polyline(line, line.y, x_scale, y_scale, "line raw")
+            body += _polyline(line, _moving_average(line.y), x_scale, y_scale, "line")
+        else:
+            body += _polyline(line, line.y, x_scale, y_scale, "line")
+            if len(line.x) <= 12:
+                for x, y in zip(line.x, line.y, strict=True):
+                    if y is not None:
+                        tip = f"{line.name}, step {number(x)}: {tick(y)}"
+                        body += svg.marker("circle", x_scale(x), y_scale(y), line.css, tip, 3)
+    if len(drawn) > 1:
+        body += _legend(size, [(s.name, s.css) for s in drawn])
+    return svg.figure(labels, size, body)
+
+
+def scatter_chart(
+    labels: svg.Labels, points: Sequence[Point], arrow: tuple[int, int] | None
+) -> Markup:
+    """Accuracy (a share) against a cost, with bars for the 95% intervals.
+
+    Args:
+      labels: see `svg.Labels`.
+      points: drawn in order.
+      arrow: indices of two points to join by an arrow.
+    """
+    size = LARGE
+    xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
+    ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
+    x_scale = linear_scale(xs, size.left + 10, size.width - size.right - 10, floor=0, target=4)
+    low = linear_scale(ys, 0, 1, include=(1.0,), floor=0, target=4).low
+    y_scale = Scale(low, 1.0, size.height - size.bottom, size.top + 6)
+    body = svg.axes(labels, size, x_scale, y_scale, number, percent)
+    if arrow:
+        tail, head = ((x_scale(points[i].x), y_scale(points[i].y)) for i in arrow)
+        body += svg.arrow(tail, head)
+    for p in points:
+        x, y = x_scale(p.x), y_scale(p.y)
+        if p.y_interval:
+            body += svg.bar_with_caps(x, x, *map(y_scale, p.y_interval), p.css)
+        if p.x_interval:
+            left, right = map(x_scale, p.x_interval)
+            body += svg.bar_with_caps(left, right, y, y, p.css)
+        tip = f"{p.label}: accuracy {percent(p.y)}, {number(round(p.x, 1))} tokens"
+        body += svg.marker(p.shape, x, y, p.css, tip, 6)
+    return svg.figure(labels, size, body + _point_labels(size, points, x_scale, y_scale))
+
+
+def histogram(labels: svg.Labels, values: Sequence[float], mean: float) -> Markup:
+    """How ratios are distributed, with their mean and the line of no gain at 1."""
+    size = LARGE
+    finite = [v for v in values if math.isfinite(v)]
+    x_scale = linear_scale(
+        finite, size.left, size.width - size.right, include=(1.0, mean), floor=0, target=6
+    )
+    bins = _bin_count(len(finite))
+    width = (x_scale.high - x_scale.low) / bins
+    counts = [0] * bins
+    for value in finite:
+        counts[min(bins - 1, int((value - x_scale.low) / width))] += 1
+    y_range = (size.height - size.bottom, size.top + 22)
+    y_scale = linear_scale([0, max(counts, default=1), 1], *y_range, target=4)
+    whole = [t for t in y_scale.ticks(4) if t == int(t)]
+    body = svg.axes(labels, size, x_scale, y_scale, times, number, y_ticks=whole)
+    for i, count in enumerate(counts):
+        if count:
+            left = x_scale.low + i * width
+            x, right, y = x_scale(left), x_scale(left + width), y_scale(count)
+            tip = f"{times(left)} to {times(left + width)}: {count}"
+            body += Markup(
+                '<rect class="bar c-parallel" x="{}" y="{}" width="{}" height="{}">'
+                "<title>{}</title></rect>"
+            ).format(
+                svg.px(x + 0.75), svg.px(y), svg.px(right - x - 1.5), svg.px(y_range[0] - y), tip
+            )
+    for value, name, css, row in (
+        (1.0, "no gain", "rule faint", 0),
+        (mean, f"mean {times(mean)}", "rule", 1),
+    ):
+        x = x_scale(value)
+        near_end = x > size.width * 0.7
+        body += svg.line(x, y_range[0], x, size.top - 6 + 14 * row, css)
+        anchor = "label end" if near_end else "label"
+        body += svg.text(x + (-5 if near_end else 5), size.top + 4 + 14 * row, name, anchor)
+    return svg.figure(labels, size, body)
+
+
+def timeline(labels: svg.Labels, units: Sequence[Mapping[str, Any]]) -> Markup:
+    """Which batch row decoded which unit, and when.
+
+    Args:
+      labels: see `svg.Labels`.
+      units: {"row", "start", "end", "kind", "thread", "tokens"}, as in `tw_jax.evals.sample`.
+    """
+    rows = sorted({u["row"] for u in units})
+    lane = 26.0
+    size = svg.Size(760, 58 + lane * max(1, len(rows)), left=70, top=8)
+    begin = min((u["start"] for u in units), default=0)
+    finish = max((u["end"] for u in units), default=1) + 1
+    x_scale = Scale(0, max(1, finish - begin), size.left, size.width - size.right)
+    y_scale = Scale(0, max(1, len(rows)), size.top, size.height - size.bottom)
+    body = svg.axes(labels, size, x_scale, y_scale, number, number, y_ticks=())
+    for i, row in enumerate(rows):
+        body += svg.text(size.left - 8, size.top + lane * (i + 0.5) + 4, f"row {row}", "tick end")
+    for u in units:
+        left, right = x_scale(u["start"] - begin), x_scale(u["end"] + 1 - begin)
+        top = size.top + lane * rows.index(u["row"]) + 3
+        thread = u["kind"] == "thread"
+        name = f"thread {u['thread']}" if thread else "sequential"
+        css = "bar c-parallel" if thread else "bar c-sequential"
+        tip = f"{name}: {u['tokens']} tokens, steps {u['start']} to {u['end']}"
+        body += Markup(
+            '<rect class="{}" x="{}" y="{}" width="{}" height="{}" rx="3"><title>{}</title></rect>'
+        ).format(
+            css,
+            svg.px(left),
+            svg.px(top),
+            svg.px(max(1.5, right - left - 1)),
+            svg.px(lane - 6),
+            tip,
+        )
+        if right - left > 7.5 * len(name):
+            body += svg.text(left + 7, top + 14, name, "inbar")
+    return svg.figure(labels, size, body)
+
+
+def fork_lines(threads: int, critical: int, *, join: bool) -> Markup:
+    """The strokes from an outline to its threads, or from the threads to what follows.
+
+    The drawing is as wide as the row of threads and stretched to fit it: one unit per column.
+
+    Args:
+      threads: number of columns.
+      critical: index of the longest thread, drawn last and strongest.
+      join: flip it.
+    """
+    middle = threads / 2
+    order = [i for i in range(threads) if i != critical] + [critical] * (0 <= critical < threads)
+    body = Markup("")
+    for i in order:
+        x = i + 0.5
+        begin, end = (x, middle) if join else (middle, x)
+        css = "fork critical" if i == critical else "fork"
+        body += Markup('<path class="{}" d="M{} 0C{} 14 {} 10 {} 24"/>').format(
+            css, begin, begin, end, end
+        )
+    return Markup(
+        '<svg class="forks" viewBox="0 0 {} 24" preserveAspectRatio="none" aria-hidden="true">'
+        "{}</svg>"
+    ).format(threads, body)
+
+
+# --- pieces -------------------------------------------------------------------------------------
+
+
+def _polyline(
+    line: Series, ys: Sequence[float | None], x_scale: Scale, y_scale: Scale, css: str
+) -> Markup:
+    """One path with gaps where values are missing."""
+    commands, pen_down = [], False
+    for x, y in zip(line.x, ys, strict=True):
+        if y is None:
+            pen_down = False
+            continue
+        commands.append(f"{'L' if pen_down else 'M'}{svg.px(x_scale(x))} {svg.px(y_scale(y))}")
+        pen_down = True
+    return Markup('<path class="{} {}" d="{}"/>').format(css, line.css, "".join(commands))
+
+
+def _legend(size: svg.Size, entries: Sequence[tuple[str, str]]) -> Markup:
+    """Names at the top right; filled swatches."""
+    body, x = Markup(""), size.width - size.right
+    for name, css in reversed(entries):
+        body += svg.text(x, 13, name, "tick end")
+        x -= 6.4 * len(name) + 16
+        body += Markup('<rect class="bar {}" x="{}" y="5" width="10" height="8" rx="2"/>').format(
+            css, svg.px(x)
+        )
+        x -= 10
+    return body
+
+
+def _point_labels(
+    size: svg.Size, points: Sequence[Point], x_scale: Scale, y_scale: Scale
+) -> Markup:
+    """Writes each label where it covers no marker, no bar and no other label, if there is room."""
+    taken: list[tuple[float, float, float, float]] = []
+    for p in points:
+        x, y = x_scale(p.x), y_scale(p.y)
+        taken.append((x - 9, y - 9, x + 9, y + 9))
+        if p.y_interval:
+            low, high = map(y_scale, p.y_interval)
+            taken.append((x - 3, high, x + 3, low))
+        if p.x_interval:
+            taken.append((x_scale(p.x_interval[0]), y - 3, x_scale(p.x_interval[1]), y + 3))
+    body = Markup("")
+    for p in points:
+        x, y = x_scale(p.x), y_scale(p.y)
+        width = _CHARACTER_WIDTH * len(p.label)
+        choices = []
+        for rise in (0, -20, 20, -36, 36, -52, 52):
+            middle = y + rise
+            for left, css in ((x + 13, "label strong"), (x - 13 - width, "label strong end")):
+                box = (left, middle - _LINE_HEIGHT / 2, left + width, middle + _LINE_HEIGHT / 2)
+                outside = (
+                    max(0, size.left - box[0]) + max(0, box[2] - size.width)
+                    + max(0, size.top - box[1]) + max(0, box[3] - (size.height - size.bottom))
+                )  # fmt: skip
+                cost = 40 * outside + sum(_overlap(box, other) for other in taken) + abs(rise) / 10
+                choices.append((cost, box, css))
+        _, box, css = min(choices, key=lambda choice: choice[0])
+        taken.append(box)
+        at = box[2] if css.endswith("end") else box[0]
+        body += svg.text(at, (box[1] + box[3]) / 2 + 4, p.label, css)
+    return body
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Area shared by two boxes (left, top, right, bottom)."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _thin(series: Series) -> Series:
+    """Drops non-finite values and averages neighbours until a line is short enough to embed."""
+    ys = [y if y is not None and math.isfinite(y) else None for y in series.y]
+    pairs = list(zip(series.x, ys, strict=True))
+    stride = math.ceil(len(pairs) / MAX_LINE_POINTS)
+    if stride > 1:
+        groups = [pairs[i : i + stride] for i in range(0, len(pairs), stride)]
+        pairs = [(group[-1][0], _mean([y for _, y in group])) for group in groups]
+    if not series.smooth:
+        # Sparse measurements (a held-out loss now and then) are joined across the gaps.
+        pairs = [pair for pair in pairs if pair[1] is not None]
+    return dataclasses.replace(series, x=[p[0] for p in pairs], y=[p[1] for p in pairs])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [v for v in values if v is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _moving_average(values: Sequence[float | None]) -> list[float | None]:
+    """Centred mean over about a tenth of the line; shorter windows at the ends."""
+    half = max(1, len(values) // 20)
+    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _bin_count(values: int) -> int:
+    """Bins that show a shape without drawing single problems as towers."""
+    return min(24, max(6, round(2 * math.sqrt(values)))) if values else 6
