@@ -42,12 +42,12 @@ $(VENV)/.created:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 	@echo "installing tw-jax into $(VENV) (about 1 GB; a minute or two)"
-	@$(PIP) install --quiet --editable .
+	@$(PIP) install -qq --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	@echo "installing tw-jax[dev] into $(VENV) (about 1.3 GB; a minute or two)"
-	@$(PIP) install --quiet --editable ".[dev]"
+	@$(PIP) install -qq --editable ".[dev]"
 	@touch $(VENV)/.installed $@
 
 # Best effort, tried once: parity with the PyTorch implementation is tested where a CPU build of
@@ -60,7 +60,7 @@ $(VENV)/.torch-tried: | $(VENV)/.installed-dev
 	  echo "$(TORCH) would bring CUDA along: parity tests will be skipped" \
 	    "(install a CPU build into $(VENV) to run them)"; \
 	else echo "installing $(TORCH) for the parity tests"; \
-	  timeout 600 $(PIP) install --quiet $(TORCH) || echo "failed: parity tests will be skipped"; fi
+	  timeout 600 $(PIP) install -qq $(TORCH) || echo "failed: parity tests will be skipped"; fi
 	@touch $@
 
 # --- what people ask for ------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Fixtures that the whole suite shares."""
 
+import hypothesis
 import pytest
 
 from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.trajectory.schemas import make_schema
+
+# Compilation makes single examples slow; a deadline would only measure the machine.
+hypothesis.settings.register_profile("tw_jax", deadline=None)
+hypothesis.settings.load_profile("tw_jax")
 
 
 @pytest.fixture(scope="session")

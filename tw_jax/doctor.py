@@ -1,5 +1,6 @@
 """`tw-jax doctor`: what this machine has, what is missing, and the command that mends it."""
 
+import collections
 import dataclasses
 import glob
 import importlib.metadata
@@ -135,12 +136,11 @@ def _device_findings() -> list[Finding]:
         devices = jax.devices()
     except (ImportError, RuntimeError) as error:
         return [Finding("devices", f"JAX cannot start: {error}", "see the table below", True)]
-    findings = []
-    for device in devices:
-        # The CPU backend answers None; so do some plug-ins.
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        room = f", {limit / 2**30:.1f} GiB" if limit else ""
-        findings.append(Finding(f"device {device.id}", f"{device.device_kind}{room}"))
+    kinds = collections.Counter(device.device_kind for device in devices)
+    # The CPU backend answers None; so do some plug-ins.
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    room = f", {limit / 2**30:.1f} GiB each" if limit else ""
+    findings = [Finding("devices", f"{n} x {kind}{room}") for kind, n in kinds.items()]
     if devices[0].platform == "cpu":
         for pattern, extra in (("/dev/nvidia[0-9]*", "cuda"), ("/dev/accel[0-9]*", "tpu")):
             if glob.glob(pattern):
@@ -149,11 +149,18 @@ def _device_findings() -> list[Finding]:
     return findings
 
 
+def _table(title: str, *columns: str) -> rich.table.Table:
+    table = rich.table.Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # never cut a path or a command
+    return table
+
+
 def run_doctor(config: DoctorConfig) -> int:
     """Prints the tables; returns 0 if the base and the required extras are complete, else 1."""
     console = rich.console.Console()
     findings = machine_findings()
-    machine = rich.table.Table("subject", "found", "remedy", title="This machine")
+    machine = _table("This machine", "subject", "found", "remedy")
     for finding in findings:
         machine.add_row(finding.subject, finding.found, finding.remedy)
     console.print(machine)
@@ -161,14 +168,14 @@ def run_doctor(config: DoctorConfig) -> int:
         metadata = importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
-            "tw-jax runs from a source tree but is not installed; run `pip install -e .` there"
+            "this source tree is not installed; run `pip install -e .` in it"
         ) from error
     extras = metadata.get_all("Provides-Extra") or []
     for name in config.require:
         if name not in extras:
             raise UserError(f"require: there is no extra {name!r}, only {', '.join(extras)}")
     requirements = check_requirements(metadata.get_all("Requires-Dist") or [], extras)
-    packages = rich.table.Table("extra", "package", "wanted", "installed", "", title="Packages")
+    packages = _table("Packages", "extra", "package", "wanted", "installed", "")
     for item in requirements:
         mark = "" if item.verdict == "ok" else item.verdict
         packages.add_row(item.extra or "base", item.name, item.wanted, item.installed or "-", mark)

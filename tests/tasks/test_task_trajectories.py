@@ -17,6 +17,14 @@ TOKENIZER = load_tokenizer()
 SCHEMA = make_schema("threadweaver", TOKENIZER)
 MULTIPLICATION = make_task(MultiplicationConfig())
 SUMS = make_task(SumOfProductsConfig())
+# Tokens of prompt, sequential response, parallel response, critical path and trie, by the number of
+# products where it varies; every response ends with <eos>.
+MULTIPLICATION_COUNTS = (9, 161, 200, 124, 285)
+SUMS_COUNTS = {
+    2: (15, 167, 196, 124, 283),
+    3: (22, 256, 295, 151, 461),
+    4: (29, 345, 394, 178, 639),
+}
 by_name = pytest.mark.parametrize("task", [MULTIPLICATION, SUMS], ids=lambda task: task.name)
 
 
@@ -66,7 +74,9 @@ def test_texts_come_back_from_their_tokens(task: Task) -> None:
         for style in ("sequential", "parallel"):
             tokens = trajectory_of(problem, style).tokens
             assert TOKENIZER.unk_token_id not in tokens
-            assert TOKENIZER.decode(tokens) == f"<bos>{problem.prompt}{problem.response(style)}<eos>"
+            assert (
+                TOKENIZER.decode(tokens) == f"<bos>{problem.prompt}{problem.response(style)}<eos>"
+            )
 
 
 def test_token_counts() -> None:
@@ -83,13 +93,9 @@ def test_token_counts() -> None:
             len(SCHEMA.forest([parallel])),
         )
 
-    assert counts(MULTIPLICATION.longest_problem()) == COUNTS["multiplication"]
+    assert counts(MULTIPLICATION.longest_problem()) == MULTIPLICATION_COUNTS
     by_products = {}
     for index in range(50):
         problem = SUMS.problem("train", index, 0)
         by_products.setdefault(problem.prompt.count("+") + 1, set()).add(counts(problem))
-    assert by_products == {products: {COUNTS[products]} for products in (2, 3, 4)}
-
-
-# prompt, sequential, parallel, critical path, trie
-COUNTS = {}
+    assert by_products == {products: {counted} for products, counted in SUMS_COUNTS.items()}

@@ -10,6 +10,7 @@ import pytest
 from tw_jax.tasks.multiplication import Multiplication, MultiplicationConfig
 from tw_jax.tasks.sum_of_products import SumOfProducts, SumOfProductsConfig
 from tw_jax.tasks.task import Problem, Split
+from tw_jax.tasks.worked_arithmetic import partial_products, running_sums
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 PROBLEMS = 300
@@ -120,9 +121,7 @@ def test_sum_of_products_is_right_in_every_step(digits: int, split: Split) -> No
 
 
 def test_the_documented_multiplication() -> None:
-    # The example of the module's docstring, found by its prompt.
-    from tw_jax.tasks.worked_arithmetic import partial_products, running_sums
-
+    """The example in the docstring of `tw_jax.tasks.multiplication`."""
     values, workings = partial_products(313, 291, digits=3)
     assert workings == [
         "3*1+0=30,1*1+0=10,3*1+0=30>313000",

@@ -241,7 +241,7 @@ def _trajectory(record: TrajectoryRecord, schema: Schema, tokenizer: "Tokenizer"
         return parsed
     first, others = parsed[0], len(parsed) - 1
     around = tokens[max(len(prompt), first.index - _CONTEXT_TOKENS) : first.index + _CONTEXT_TOKENS]
-    more = f" (and {others} more errors)" if others else ""
+    more = f" (errors in the line besides: {others})" if others else ""
     raise _Rejected(
         first.kind, f"{first.message}, near {tokenizer.decode(around)!r} in the response{more}"
     )

@@ -124,8 +124,8 @@ def scatter_chart(
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
     ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
     x_scale = linear_scale(xs, size.left + 10, size.width - size.right - 10, floor=0, target=4)
-    low = linear_scale(ys, 0, 1, include=(1.0,), floor=0, target=4).low
-    y_scale = Scale(low, 1.0, size.height - size.bottom, size.top + 6)
+    lowest = linear_scale(ys, 0, 1, include=(1.0,), floor=0, target=4).low
+    y_scale = Scale(lowest, 1.0, size.height - size.bottom, size.top + 6)
     body = svg.axes(labels, size, x_scale, y_scale, number, percent)
     if arrow:
         tail, head = ((x_scale(points[i].x), y_scale(points[i].y)) for i in arrow)
@@ -133,7 +133,8 @@ def scatter_chart(
     for p in points:
         x, y = x_scale(p.x), y_scale(p.y)
         if p.y_interval:
-            body += svg.bar_with_caps(x, x, *map(y_scale, p.y_interval), p.css)
+            low, high = map(y_scale, p.y_interval)
+            body += svg.bar_with_caps(x, x, low, high, p.css)
         if p.x_interval:
             left, right = map(x_scale, p.x_interval)
             body += svg.bar_with_caps(left, right, y, y, p.css)

@@ -1,0 +1,312 @@
+"""Checkpoints: exact, verified, and clear about what is wrong."""
+
+import errno
+import json
+import logging
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tw_jax.errors import UserError
+from tw_jax.train import checkpoint_record, checkpoint_storage
+from tw_jax.train.checkpoint import Checkpointer, restore_params
+from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
+from tw_jax.train.state import TrainState, apply_gradients, init_train_state
+
+WIDTH = 8
+META = {"model": {"hidden_size": WIDTH, "rope_theta": 1e4, "compute_dtype": "float32"}, "seed": 3}
+TX = make_optimizer(OptimizerConfig(learning_rate=1e-2), 100)
+
+
+def make_state(width: int = WIDTH, seed: int = 0) -> TrainState:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "embed_tokens": {"embedding": jax.random.normal(keys[0], (16, width))},
+        "layers": {
+            "mlp": {"kernel": jax.random.normal(keys[1], (2, width, 12)).astype(jnp.bfloat16)},
+            "norm": {"scale": jnp.ones((2, width))},
+        },
+    }
+    state = init_train_state(params, TX)
+    grads = jax.tree.map(lambda p: jax.random.normal(keys[2], p.shape, p.dtype), params)
+    return apply_gradients(state, grads, TX)[0]
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
+    ):
+        assert x.dtype == y.dtype and x.shape == y.shape, path
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def save_steps(directory, steps, *, keep=5):
+    states = {step: make_state(seed=step) for step in steps}
+    with Checkpointer(directory, keep=keep) as checkpointer:
+        for step, state in states.items():
+            checkpointer.save(step, state, data_state={"next": step}, meta=META)
+    return states
+
+
+def data_files(directory: pathlib.Path, step: int) -> list[pathlib.Path]:
+    """The files of a step that hold content."""
+    return sorted(
+        path
+        for path in (directory / f"{step:08d}").rglob("*")
+        if path.is_file() and path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA")
+    )
+
+
+# --- save and restore ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("abstract", [True, False])
+def test_restores_every_bit(tmp_path, abstract):
+    state = make_state()
+    wanted = jax.eval_shape(lambda s: s, state) if abstract else make_state(seed=9)
+    data_state = {"window_start": {"next_index": 12, "exhausted": False}, "rows_taken": 3}
+    with Checkpointer(tmp_path / "new" / "run") as checkpointer:
+        assert checkpointer.latest_step() is None
+        checkpointer.save(7, state, data_state=data_state, meta=META)
+        assert checkpointer.latest_step() == 7
+    with Checkpointer(tmp_path / "new" / "run") as checkpointer:
+        restored, position, meta = checkpointer.restore(wanted, expected_meta=META)
+    assert_same_bits(restored, state)
+    assert position == data_state
+    assert meta == META
+
+
+def test_data_state_may_be_bytes_or_nothing(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(), data_state=b"\x00\xff grain")
+        assert checkpointer.restore(make_state()).data_state == b"\x00\xff grain"
+        checkpointer.save(2, make_state())
+        assert checkpointer.restore(make_state()).data_state is None
+
+
+def test_training_goes_on_bit_for_bit(tmp_path):
+    @jax.jit
+    def train_step(state):
+        grads = jax.tree.map(lambda p: jnp.sin(p + state.step.astype(p.dtype)), state.params)
+        return apply_gradients(state, grads, TX)[0]
+
+    state = make_state()
+    for step in range(6):
+        if step == 3:
+            with Checkpointer(tmp_path) as checkpointer:
+                checkpointer.save(3, state)
+        state = train_step(state)
+    with Checkpointer(tmp_path) as checkpointer:
+        again = checkpointer.restore(make_state()).state
+    for _ in range(3):
+        again = train_step(again)
+    assert_same_bits(again, state)
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    params = {"w": jax.random.normal(jax.random.key(0), (512, 1024))}
+    state = jax.jit(lambda p: init_train_state(p, TX))(params)
+    before = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+        for _ in range(3):
+            state = overwrite(state)
+        restored = checkpointer.restore(state).state
+    assert_same_bits(restored, before)
+
+
+def test_keeps_the_newest(tmp_path):
+    save_steps(tmp_path, [1, 2, 3, 4], keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000003", "00000004"]
+
+
+def test_an_older_step_can_be_named(tmp_path):
+    states = save_steps(tmp_path, [10, 20])
+    with Checkpointer(tmp_path) as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(), step=10).state, states[10])
+        with pytest.raises(UserError, match=r"no checkpoint of step 15 in .*; there are steps 10, 20"):
+            checkpointer.restore(make_state(), step=15)
+
+
+def test_saving_the_current_step_again_does_nothing(tmp_path):
+    state = make_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(5, state)
+        checkpointer.save(5, state)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore(state)
+        checkpointer.save(5, state)
+        assert checkpointer.latest_step() == 5
+
+
+def test_steps_of_another_run_are_not_mixed_in(tmp_path):
+    save_steps(tmp_path, [20])
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (10, 20):
+            with pytest.raises(UserError, match="already holds a checkpoint of step 20"):
+                checkpointer.save(step, make_state())
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    devices = jax.devices()
+    mesh = Mesh(np.array(devices[:1]), ("data",), axis_types=(AxisType.Auto,))
+    state = make_state()
+    sharding = NamedSharding(mesh, PartitionSpec())
+    save_steps(tmp_path, [])
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, jax.device_put(state, sharding))
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+        )
+        restored = checkpointer.restore(wanted).state
+    assert_same_bits(restored, state)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored))
+
+
+# --- parameters alone ---------------------------------------------------------------------------
+
+
+def test_params_alone(tmp_path):
+    states = save_steps(tmp_path, [1, 2])
+    params, meta, step = restore_params(tmp_path)
+    assert_same_bits(params, states[2].params)
+    assert (meta, step) == (META, 2)
+    assert_same_bits(restore_params(tmp_path, 1).params, states[1].params)
+    assert_same_bits(
+        restore_params(tmp_path, abstract_params=make_state().params).params, states[2].params
+    )
+
+
+def test_reading_params_leaves_a_saving_run_alone(tmp_path):
+    save_steps(tmp_path, [1])
+    unfinished = tmp_path / "00000002.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    assert restore_params(tmp_path).step == 1
+    assert unfinished.exists()
+
+
+def test_params_of_other_shapes_are_refused(tmp_path):
+    save_steps(tmp_path, [1])
+    with pytest.raises(UserError, match=r"params/embed_tokens/embedding \(checkpoint: float32"):
+        restore_params(tmp_path, abstract_params=make_state(width=4).params)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_there(tmp_path, exists):
+    path = tmp_path if exists else tmp_path / "missing"
+    with pytest.raises(UserError, match="no checkpoint at .*Train a model there first") as error:
+        restore_params(path)
+    assert str(path) in str(error.value)
+    assert path.exists() == exists
+
+
+def test_restore_without_a_checkpoint(tmp_path):
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(UserError, match="no checkpoint at .*holds no complete checkpoint"),
+    ):
+        checkpointer.restore(make_state())
+
+
+# --- another model ------------------------------------------------------------------------------
+
+
+def test_another_width_is_named(tmp_path):
+    save_steps(tmp_path, [1])
+    meta = {"model": {**META["model"], "hidden_size": 4}, "seed": 3}
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(UserError) as error,
+    ):
+        checkpointer.restore(make_state(width=4), expected_meta=meta)
+    assert str(error.value) == (
+        f"the checkpoint of step 1 in {tmp_path} does not fit this run. First array that differs: "
+        "params/embed_tokens/embedding (checkpoint: float32[16, 8], this run: float32[16, 4]). "
+        "Settings that differ: model.hidden_size (checkpoint: 8, this run: 4). Use the settings "
+        "that the checkpoint was trained with, or give the new run another directory"
+    )
+
+
+def test_equal_shapes_with_another_meaning_are_refused(tmp_path):
+    save_steps(tmp_path, [1])
+    meta = {"model": {**META["model"], "rope_theta": 1e6}, "seed": 4}
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(UserError, match=r"Settings that differ: model.rope_theta \(checkpoint: 1000"
+                      r"0.0, this run: 1000000.0\); seed \(checkpoint: 3, this run: 4\)"),
+    ):
+        checkpointer.restore(make_state(), expected_meta=meta)
+
+
+def test_a_setting_that_is_new_is_refused_and_a_free_one_may_change(tmp_path):
+    save_steps(tmp_path, [1])
+    model = {**META["model"], "compute_dtype": "bfloat16"}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore(make_state(), expected_meta={"model": model})
+        with pytest.raises(UserError, match=r"schema \(checkpoint: absent, this run: apr\)"):
+            checkpointer.restore(make_state(), expected_meta={"schema": "apr"})
+
+
+def test_another_optimizer_is_named(tmp_path):
+    save_steps(tmp_path, [1])
+    other = init_train_state(make_state().params, optax.sgd(0.1, momentum=0.9))
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(UserError, match=r"training/opt_state/\S+ .*The optimizer is another one"),
+    ):
+        checkpointer.restore(other, expected_meta=META)
+
+
+def test_a_mismatch_is_not_taken_for_damage(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="step 2"):
+        checkpointer.restore(make_state(width=4))
+    assert (tmp_path / "00000002").exists()
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_truncated_newest_step_is_reported_and_the_one_before_used(tmp_path, caplog, seed):
+    states = save_steps(tmp_path, [10, 20])
+    rng = random.Random(seed)
+    victims = [path for path in data_files(tmp_path, 20) if path.stat().st_size]
+    # The largest file holds weights; the others are picked at random.
+    chosen = max(victims, key=lambda p: p.stat().st_size) if seed == 0 else rng.choice(victims)
+    damage(chosen, rng)
+    with Checkpointer(tmp_path) as checkpointer, caplog.at_level(logging.WARNING):
+        restored = checkpointer.restore(make_state(), expected_meta=META)
+        if int(restored.meta["seed"]) and restored.data_state == {"next": 20}:
+            # The file was one that holds nothing we need: then every bit must be right.
+            assert_same_bits(restored.state, states[20])
+            return
+        assert_same_bits(restored.state, states[10])
+        assert restored.data_state == {"next": 10}
+        assert "checkpoint of step 20" in caplog.text and "using step 10 instead" in caplog.text
+        assert (tmp_path / "00000020.corrupt").exists()
+        # Training reaches step 20 again and can save it.
+        checkpointer.save(20, states[20], data_state={"next": 20}, meta=META)
+        assert_same_bits(checkpointer.restore(make_state()).state, states[20])
+
+
+def damage(path: pathlib.Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: rng.randrange(len(content))])

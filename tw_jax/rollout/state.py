@@ -1,0 +1,321 @@
+"""The engine's state on the device: fixed shapes, one donated pytree.
+
+Three kinds of place. A *row* is a slot of the key/value cache and one lane of the decoding batch;
+it runs one unit at a time. A *request slot* holds one active rollout. An *area* is a line of the
+token store: request slot `g` owns areas `g * max_threads + t`; area 0 holds its joined text, and
+area t the text of thread t + 1 in that thread's own context (thread 1 writes into the joined text
+directly). A row writes its tokens to its area at their positions, so `area` is the base address
+that the trial's flat store called for, and a finished thread needs no row while it waits for its
+join.
+
+Two counters per row are the only queue there is: `n_known` tokens are decided, `n_kv` of them are
+in the cache. Prompts, forced headers, closers, joined threads and join tokens are just known
+tokens that are not cached yet.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from tw_jax.kernels.slot_attention import SlotCache, SlotLayout, empty_cache
+from tw_jax.rollout.outlines import OutlineAlphabet, OutlineReader, new_reader
+from tw_jax.trajectory.schema import ForkJoinTokens
+
+# Phases of a request slot.
+FREE, SEGMENT, THREADS, FINISHED = range(4)
+# Why a unit or rollout ended; 0 while it runs. Index into `FINISH_REASONS` of assemble.py.
+RUNNING, SPAWN, THREAD_STOP, EOS, LENGTH, CONTEXT = range(6)
+# Columns of `Threads.outcome`: sampled tokens, why it ended (RUNNING until then), and where and when.
+COUNT, REASON, ROW, START_STEP, END_STEP, OUTCOME_FIELDS = range(6)
+# Columns of `Records.segments`: row, first and last step.
+SEGMENT_FIELDS = 3
+# Columns of `Records.blocks`: end of the outlines, end of the join, threads joined.
+OUTLINES_END, JOIN_END, JOINED, BLOCK_FIELDS = range(4)
+# Columns of `Records.threads`, behind those of an outcome: positions in the joined text.
+TAG_AT, BODY_AT, SAMPLED_END, THREAD_END = range(OUTCOME_FIELDS, OUTCOME_FIELDS + 4)
+THREAD_FIELDS = OUTCOME_FIELDS + 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Everything about the jitted loop that is known before it is traced.
+
+    Attributes:
+      layout: shape of the key/value cache.
+      kv_heads: key/value heads of the model.
+      head_dim: width of one head.
+      dtype: dtype of the cache.
+      vocab: rows of the model's head.
+      requests: request slots.
+      context_len: positions a unit's context may reach, exclusive.
+      max_threads: threads per block.
+      max_digits: tokens of an outline number.
+      max_blocks: parallel blocks per rollout.
+      prefill_rows: rows that the prefill lane feeds at once.
+      prefill_chunk: tokens it feeds per row.
+      prefill_min: pending tokens below which the lane rests and rows feed them one by one.
+      block_buckets: leading cache blocks that attention may be cut down to, ascending.
+      deterministic: see `EngineConfig.deterministic`.
+      unrolled: layers in a Python loop over each layer's own weights, else `lax.scan`.
+      tokens: the schema's forced tokens and triggers.
+      eos_id: end of text.
+      alphabet: token classes for outline numbers.
+    """
+
+    layout: SlotLayout
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+    vocab: int
+    requests: int
+    context_len: int
+    max_threads: int
+    max_digits: int
+    max_blocks: int
+    prefill_rows: int
+    prefill_chunk: int
+    prefill_min: int
+    block_buckets: tuple[int, ...]
+    deterministic: bool
+    unrolled: bool
+    tokens: ForkJoinTokens
+    eos_id: int
+    alphabet: OutlineAlphabet
+
+    @property
+    def rows(self) -> int:
+        """Rows of the decoding batch."""
+        return self.layout.rows
+
+    @property
+    def shared_len(self) -> int:
+        """Forced tokens behind the fork that all threads of a block have in common."""
+        return len(self.tokens.fork) + len(self.tokens.header_prefix)
+
+    @property
+    def fixed_header_len(self) -> int:
+        """Tokens of a thread's header, the fork's and the number's not counted."""
+        return len(self.tokens.header_prefix) + len(self.tokens.header_suffix)
+
+    @property
+    def close_len(self) -> int:
+        """Tokens that close a thread by force."""
+        return len(self.tokens.thread_close)
+
+    @property
+    def store_len(self) -> int:
+        """Length of an area: slack lets a header be written as one padded piece."""
+        return self.context_len + self.shared_len + self.max_digits + self.fixed_header_len
+
+
+class _Table:
+    """A record of arrays that share their first axis."""
+
+    def put(self, index, **values) -> Self:
+        """Sets fields at one index of the first axis."""
+        changed = {name: getattr(self, name).at[index].set(v) for name, v in values.items()}
+        return dataclasses.replace(self, **changed)  # pyright: ignore[reportArgumentType]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows(_Table):
+    """The rows of the batch.
+
+    Attributes:
+      live: the row runs a unit or waits for its threads.
+      request: its request slot.
+      area: where its tokens lie in the store.
+      thread: ordinal of the thread it runs, 0 for sequential text.
+      waiting: the parent's row between the end of thread 1 and the join: feeds, but does not sample.
+      n_known: tokens decided.
+      n_kv: tokens in the cache.
+      body: position of the unit's first sampled token.
+      stop_at: the unit ends when `n_known` reaches this.
+      key: noise key of the unit.
+      start_step: step of the unit's first sampled token.
+    """
+
+    live: Bool[Array, "rows"]
+    request: Int32[Array, "rows"]
+    area: Int32[Array, "rows"]
+    thread: Int32[Array, "rows"]
+    waiting: Bool[Array, "rows"]
+    n_known: Int32[Array, "rows"]
+    n_kv: Int32[Array, "rows"]
+    body: Int32[Array, "rows"]
+    stop_at: Int32[Array, "rows"]
+    key: UInt32[Array, "rows 2"]
+    start_step: Int32[Array, "rows"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests(_Table):
+    """The request slots; what was asked for, and how far it is.
+
+    Attributes:
+      phase: FREE, SEGMENT, THREADS or FINISHED.
+      ticket: order of admission; older requests get free rows first.
+      row: the row of the sequential text and of each block's thread 1.
+      key: noise key of the request.
+      parallel: may spawn.
+      limit: the joined text ends here.
+      limit_reason: LENGTH or CONTEXT, whichever sets the limit.
+      max_threads: outlines beyond this many are dropped.
+      max_thread_tokens: budget of sampled tokens per thread.
+      max_blocks: triggers beyond this many blocks are plain text.
+      temperature: of sampling.
+      top_k: of sampling.
+      top_p: of sampling.
+      reason: why the rollout ended, once FINISHED.
+      block: blocks spawned and joined so far; the open block's index in phase THREADS.
+    """
+
+    phase: Int32[Array, "requests"]
+    ticket: Int32[Array, "requests"]
+    row: Int32[Array, "requests"]
+    key: UInt32[Array, "requests 2"]
+    parallel: Bool[Array, "requests"]
+    limit: Int32[Array, "requests"]
+    limit_reason: Int32[Array, "requests"]
+    max_threads: Int32[Array, "requests"]
+    max_thread_tokens: Int32[Array, "requests"]
+    max_blocks: Int32[Array, "requests"]
+    temperature: Float32[Array, "requests"]
+    top_k: Int32[Array, "requests"]
+    top_p: Float32[Array, "requests"]
+    reason: Int32[Array, "requests"]
+    block: Int32[Array, "requests"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Threads(_Table):
+    """The open block of each request.
+
+    Attributes:
+      fork_at: position behind the spawn trigger.
+      count: threads of the block.
+      next_spawn: ordinal of the next thread to get a row (thread 1 never needs one).
+      next_join: ordinal of the next thread to join.
+      outcome: per thread, once it ended: COUNT, REASON, ROW, START_STEP, END_STEP.
+    """
+
+    fork_at: Int32[Array, "requests"]
+    count: Int32[Array, "requests"]
+    next_spawn: Int32[Array, "requests"]
+    next_join: Int32[Array, "requests"]
+    outcome: Int32[Array, "requests threads fields"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """What the host needs to rebuild a rollout from its joined text.
+
+    Attributes:
+      segments: row, first and last step of the segment before each block and of the last one.
+      blocks: OUTLINES_END, JOIN_END, JOINED of each block.
+      threads: the outcome of each joined thread, and its positions in the joined text.
+    """
+
+    segments: Int32[Array, "requests blocks_and_one fields"]
+    blocks: Int32[Array, "requests blocks fields"]
+    threads: Int32[Array, "requests blocks threads fields"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """All of it; `advance` takes and returns one of these.
+
+    Attributes:
+      cache: keys and values.
+      tokens: the token store, one line per area.
+      logprobs: log-probability of each sampled token, beside it.
+      rows: the rows of the batch.
+      requests: the request slots.
+      reader: outline numbers read so far, per request.
+      threads: the open block of each request.
+      records: what happened, for the host.
+      step: steps since the engine was made.
+      idle_steps: steps since any row was fed.
+    """
+
+    cache: SlotCache
+    tokens: Int32[Array, "areas store"]
+    logprobs: Float32[Array, "areas store"]
+    rows: Rows
+    requests: Requests
+    reader: OutlineReader
+    threads: Threads
+    records: Records
+    step: Int32[Array, ""]
+    idle_steps: Int32[Array, ""]
+
+
+def new_state(program: Program) -> EngineState:
+    """An engine with nothing in it."""
+    rows, requests, threads = program.rows, program.requests, program.max_threads
+
+    def ints(*shape: int) -> Int32[Array, "..."]:
+        return jnp.zeros(shape, jnp.int32)
+
+    def flags(*shape: int) -> Bool[Array, "..."]:
+        return jnp.zeros(shape, bool)
+
+    store = (requests * threads, program.store_len)
+    return EngineState(
+        cache=empty_cache(program.layout, program.kv_heads, program.head_dim, program.dtype),
+        tokens=ints(*store),
+        logprobs=jnp.zeros(store, jnp.float32),
+        rows=Rows(
+            live=flags(rows),
+            request=ints(rows),
+            area=ints(rows),
+            thread=ints(rows),
+            waiting=flags(rows),
+            n_known=ints(rows),
+            n_kv=ints(rows),
+            body=ints(rows),
+            stop_at=ints(rows),
+            key=jnp.zeros((rows, 2), jnp.uint32),
+            start_step=ints(rows),
+        ),
+        requests=Requests(
+            phase=ints(requests),
+            ticket=ints(requests),
+            row=ints(requests),
+            key=jnp.zeros((requests, 2), jnp.uint32),
+            parallel=flags(requests),
+            limit=ints(requests),
+            limit_reason=ints(requests),
+            max_threads=ints(requests),
+            max_thread_tokens=ints(requests),
+            max_blocks=ints(requests),
+            temperature=jnp.zeros(requests, jnp.float32),
+            top_k=ints(requests),
+            top_p=jnp.ones(requests, jnp.float32),
+            reason=ints(requests),
+            block=ints(requests),
+        ),
+        reader=new_reader(requests, threads, program.max_digits),
+        threads=Threads(
+            fork_at=ints(requests),
+            count=ints(requests),
+            next_spawn=ints(requests),
+            next_join=ints(requests),
+            outcome=ints(requests, threads, OUTCOME_FIELDS),
+        ),
+        records=Records(
+            segments=ints(requests, program.max_blocks + 1, SEGMENT_FIELDS),
+            blocks=ints(requests, program.max_blocks, BLOCK_FIELDS),
+            threads=ints(requests, program.max_blocks, threads, THREAD_FIELDS),
+        ),
+        step=jnp.int32(0),
+        idle_steps=jnp.int32(0),
+    )

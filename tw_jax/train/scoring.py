@@ -1,0 +1,99 @@
+"""Log-probabilities of packed tries: the forward pass that SFT and RL share.
+
+1. Attention plan from `visible_end`, once.
+2. Hidden states of every token.
+3. Each token's hidden state is replaced by its parent's: in a trie, the token before in the row is
+   not always the token before on the path, and a fork has several successors.
+4. LM head and log-softmax, a chunk of tokens at a time, so that `[tokens, vocab]` never exists.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.kernels import plan_tiles, tree_attention
+from tw_jax.models.qwen3 import Params, Qwen3
+
+
+def token_logprobs(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: PackedBatch,
+    *,
+    head_chunk: int,
+    remat: bool,
+) -> Float32[Array, "rows row_len"]:
+    """Log-probability of every token given its path from the root.
+
+    Differentiable in `params`. Positions are not checked here, where they are traced: see
+    `tw_jax.models.check_positions`.
+
+    Args:
+      graphdef: static half of the model.
+      params: its parameters.
+      batch: packed rows.
+      head_chunk: tokens whose logits exist at the same time, over all rows; rounded down to whole
+        columns of the batch, at least one. A batch that fits into one chunk is not looped over.
+      remat: recompute layers in the backward pass instead of keeping their activations.
+
+    Returns:
+      `log p(tokens[i] | path to i)`; 0 for roots and padding, which nothing predicts.
+
+    Raises:
+      ValueError: `head_chunk` is not positive.
+    """
+    model: Qwen3 = nnx.merge(graphdef, params)
+    hidden_intervals = None
+    if batch.hidden_start.shape[0]:
+        hidden_intervals = (batch.hidden_start, batch.hidden_end)
+    plan = plan_tiles(batch.visible_end, hidden_intervals)
+
+    def attend(q, k, v, layer, carry):
+        del layer
+        out = tree_attention(q, k, v, batch.visible_end, hidden_intervals, plan=plan)
+        return out, carry
+
+    hidden, _ = model.hidden_states(batch.tokens, batch.positions, attend, remat=remat)
+    with jax.named_scope("gather_parents"):
+        hidden = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
+    with jax.named_scope("head_logprobs"):
+        logprobs = head_logprobs(model, hidden, batch.tokens, head_chunk)
+    own_index = jnp.arange(batch.tokens.shape[-1], dtype=jnp.int32)
+    return jnp.where(batch.parent == own_index, 0.0, logprobs)
+
+
+def head_logprobs(
+    model: Qwen3,
+    hidden: Float[Array, "rows row_len hidden"],
+    targets: Int32[Array, "rows row_len"],
+    head_chunk: int,
+) -> Float32[Array, "rows row_len"]:
+    """Log-probability of each target under the logits of its hidden state, chunk by chunk.
+
+    Chunks are columns of the batch: the row axis stays whole, so that rows sharded over devices
+    stay where they are. Chunked logits are recomputed in the backward pass.
+    """
+    if head_chunk < 1:
+        raise ValueError(f"head_chunk={head_chunk}: must be at least 1")
+    rows, row_len, width = hidden.shape
+
+    def chunk_logprobs(hidden, targets):
+        logits = model.logits(hidden)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    if rows * row_len <= head_chunk:
+        return chunk_logprobs(hidden, targets)
+
+    columns = max(head_chunk // rows, 1)
+    chunks = -(-row_len // columns)
+    extra = chunks * columns - row_len
+    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, extra)))
+    hidden = hidden.reshape(rows, chunks, columns, width).swapaxes(0, 1)
+    targets = targets.reshape(rows, chunks, columns).swapaxes(0, 1)
+    body = jax.checkpoint(chunk_logprobs, prevent_cse=False)
+    logprobs = jax.lax.map(lambda chunk: body(*chunk), (hidden, targets))
+    return logprobs.swapaxes(0, 1).reshape(rows, -1)[:, :row_len]

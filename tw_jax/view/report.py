@@ -1,0 +1,278 @@
+"""The report of a run: one HTML file that opens from disk, needs no network and runs no script.
+
+The page carries a content security policy that forbids scripts and every request, and the template
+escapes all text: what a model wrote is untrusted.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from tw_jax.errors import UserError
+from tw_jax.evals.sample import sample_from_rollout as sample_from_rollout
+from tw_jax.view import charts
+from tw_jax.view.numbers import interval_of, number, percent, value_of
+from tw_jax.view.story import before_after_rows, headline_tiles, run_facts
+from tw_jax.view.svg import Labels
+from tw_jax.view.verdict import rl_verdict
+
+_TEMPLATES = pathlib.Path(__file__).parent / "templates"
+
+# Plotted policies: label, key of the summary, colour class, marker.
+_POLICIES = (
+    ("sequential", "sft.sequential", "c-sequential", "square"),
+    ("parallel", "sft.parallel", "c-parallel", "circle"),
+    ("free, before RL", "rl.before", "c-before", "ring"),
+    ("free, after RL", "rl.after", "c-after", "diamond"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportData:
+    """Everything that a report shows, as plain JSON; any part may be missing or empty.
+
+    Attributes:
+      title: name of the run.
+      summary: the run's `summary.json`. Keys that are shown, where a "style summary" is
+        `StyleSummary.to_json()` and a "speedup" is `Speedup.to_json()` or a bare number:
+        `sft.sequential`, `sft.parallel` (style summaries), `sft.token_latency_speedup` (speedup),
+        `rl.before`, `rl.after` (style summaries of the free style), `rl.before_sequential`,
+        `rl.before_parallel`, `rl.after_sequential`, `rl.after_parallel` (style summaries of the
+        forced styles), `wall_clock_speedup` (speedup), `minutes`, `seed`, `logprob_max_abs_diff`.
+      curves: `{"sft": [...], "rl": [...]}`, each a list of rows in ascending "step". Read from
+        SFT rows: "loss", "heldout_loss" (nats per token), "tokens_per_s"; from RL rows: "reward",
+        "accuracy", "activation_ratio", "critical_path" (tokens). A row may lack any of them.
+      points: policies of the accuracy-latency plot; see `points_from_summary`.
+      speedups: per-problem ratio of sequential to parallel critical path.
+      samples: results of `tw_jax.evals.sample.sample_from_rollout`.
+      config_yaml: the run's configuration as text.
+    """
+
+    title: str
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+    points: Sequence[Mapping[str, Any]] = ()
+    speedups: Sequence[float] = ()
+    samples: Sequence[Mapping[str, Any]] = ()
+    config_yaml: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The data as a JSON object, for `report.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Any, origin: str = "report data") -> "ReportData":
+        """Reads what `to_json` wrote.
+
+        Raises:
+          UserError: not an object, an unknown key, or no title; the message names `origin`.
+        """
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{origin}: must hold a JSON object, not {type(fields).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown or "title" not in fields:
+            problem = f"unknown key {unknown[0]!r}" if unknown else "the key 'title' is missing"
+            raise UserError(f"{origin}: {problem}; known keys: {', '.join(sorted(known))}")
+        return cls(**fields)
+
+
+def points_from_summary(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The policies of the accuracy-latency plot that a summary holds.
+
+    Returns:
+      For each of sequential, parallel (after SFT, style forced), free before and after RL:
+      {"label", "color", "shape", "accuracy", "accuracy_interval", "critical_path",
+      "critical_path_interval"}; intervals are (low, high) or None. "color" is a class of the
+      report's style sheet, "shape" one of "square", "circle", "ring", "diamond".
+    """
+    points = []
+    for label, path, color, shape in _POLICIES:
+        accuracy = value_of(summary, f"{path}.accuracy")
+        critical_path = value_of(summary, f"{path}.critical_path")
+        if accuracy is not None and critical_path is not None:
+            points.append(
+                {
+                    "label": label,
+                    "color": color,
+                    "shape": shape,
+                    "accuracy": accuracy,
+                    "accuracy_interval": interval_of(summary, f"{path}.accuracy_interval"),
+                    "critical_path": critical_path,
+                    "critical_path_interval": interval_of(
+                        summary, f"{path}.critical_path_interval"
+                    ),
+                }
+            )
+    return points
+
+
+def render_report(data: ReportData) -> str:
+    """The report as one HTML page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, percent=percent, shown=printable)
+    environment.globals.update(fork_lines=charts.fork_lines)
+    rl = data.summary.get("rl") or {}
+    return environment.get_template("report.html.jinja").render(
+        title=data.title,
+        tiles=headline_tiles(data.summary),
+        facts=run_facts(data.summary),
+        rows=before_after_rows(rl),
+        verdict=rl_verdict(rl),
+        plots=[plot for plot in (_accuracy_latency(data), _speedups(data)) if plot],
+        curves=_curves(data.curves),
+        samples=[_drawn_sample(sample, i) for i, sample in enumerate(data.samples)],
+        config_yaml=data.config_yaml,
+    )
+
+
+def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
+    """Writes the page; a reader never sees half of it."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(render_report(data), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def printable(text: str) -> str:
+    """Text with control, direction and other invisible characters escaped; line breaks stay."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A chart and the words around it."""
+
+    title: str
+    svg: str
+    caption: str
+    eyebrow: str = ""
+
+
+def _accuracy_latency(data: ReportData) -> Figure | None:
+    if not data.points:
+        return None
+    points = [
+        charts.Point(
+            label=p["label"],
+            css=p["color"],
+            shape=p["shape"],
+            x=p["critical_path"],
+            y=p["accuracy"],
+            x_interval=p["critical_path_interval"],
+            y_interval=p["accuracy_interval"],
+        )
+        for p in data.points
+    ]
+    position = {point.label: i for i, point in enumerate(points)}
+    before, after = position.get("free, before RL"), position.get("free, after RL")
+    labels = Labels(
+        key="accuracy-latency",
+        title="Accuracy against critical path",
+        description="; ".join(
+            f"{p.label}: {percent(p.y)} at {number(round(p.x, 1))} tokens" for p in points
+        ),
+        x="critical path (tokens, mean)",
+        y="accuracy",
+    )
+    arrow = None if before is None or after is None else (before, after)
+    caption = "Up and to the left is better. Bars are 95% bootstrap intervals over problems."
+    return Figure(labels.title, charts.scatter_chart(labels, points, arrow), caption)
+
+
+def _speedups(data: ReportData) -> Figure | None:
+    if not data.speedups:
+        return None
+    mean = sum(data.speedups) / len(data.speedups)
+    labels = Labels(
+        key="speedups",
+        title="Token-latency speedup per problem",
+        description=f"Histogram of {len(data.speedups)} problems, mean {mean:.2f}.",
+        x="critical path, sequential / parallel",
+        y="problems",
+    )
+    caption = (
+        f"How many times shorter the chain of dependent tokens is, on each of "
+        f"{len(data.speedups):,} held-out problems."
+    )
+    return Figure(labels.title, charts.histogram(labels, data.speedups, mean), caption)
+
+
+def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
+    """SFT loss and throughput, then RL's reward, accuracy, activation and critical path."""
+    plans = (
+        ("sft", "SFT", "Loss", "nats per token", (("training", "loss", "c-parallel"),
+                                                   ("held out", "heldout_loss", "c-sequential"))),
+        ("sft", "SFT", "Throughput", "training tokens per second",
+         (("throughput", "tokens_per_s", "c-parallel"),)),
+        ("rl", "RL", "Reward", "mean reward per rollout", (("reward", "reward", "c-after"),)),
+        ("rl", "RL", "Accuracy", "share of rollouts correct",
+         (("accuracy", "accuracy", "c-after"),)),
+        ("rl", "RL", "Activation ratio", "share of rollouts with a parallel block",
+         (("activation ratio", "activation_ratio", "c-after"),)),
+        ("rl", "RL", "Critical path", "tokens, mean",
+         (("critical path", "critical_path", "c-after"),)),
+    )  # fmt: skip
+    figures = []
+    for stage, eyebrow, title, unit, lines in plans:
+        rows = curves.get(stage, ())
+        series = [
+            charts.Series(
+                name=name,
+                css=css,
+                x=[float(row["step"]) for row in rows],
+                y=[row.get(key) for row in rows],
+                smooth=key != "heldout_loss",
+            )
+            for name, key, css in lines
+            if any(row.get(key) is not None for row in rows)
+        ]
+        if not series:
+            continue
+        share = "share of" in unit
+        labels = Labels(
+            key=f"{stage}-{lines[0][1].replace('_', '-')}",
+            title=f"{eyebrow}: {title.lower()} by step",
+            description=_ends(series, percent if share else number),
+            x="step",
+            y=unit,
+        )
+        chart = charts.line_chart(labels, series, tick=percent if share else number, share=share)
+        figures.append(Figure(title, chart, "", eyebrow))
+    return figures
+
+
+def _ends(series: Sequence[charts.Series], write: Any) -> str:
+    """First and last value of every line, for those who cannot see the chart."""
+    sentences = []
+    for line in series:
+        present = [y for y in line.y if y is not None]
+        sentences.append(f"{line.name} from {write(present[0])} to {write(present[-1])}")
+    return "; ".join(sentences)
+
+
+def _drawn_sample(sample: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A sample and, where it has threads, the timeline of its units."""
+    labels = Labels(
+        key=f"timeline-{index}",
+        title="Rollout timeline",
+        description=f"{len(sample['timeline'])} units over the rows of the decoding batch.",
+        x="engine step",
+        y="",
+    )
+    chart = charts.timeline(labels, sample["timeline"]) if len(sample["timeline"]) > 1 else ""
+    blocks = [part for part in sample["parts"] if part["kind"] == "block"]
+    return {**sample, "timeline_chart": chart, "blocks": len(blocks)}
