@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tw_jax.data.text import encode_prompt, encode_response, encode_user_text
@@ -62,7 +62,7 @@ def decoded(tokenizer: Any, ids: np.ndarray) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=texts)
 def test_user_text_is_plain_and_comes_back(tokenizer: Any, text: str) -> None:
     ids = encode_user_text(tokenizer, text)
@@ -81,18 +81,17 @@ def test_a_prompt_is_the_leading_tokens_and_the_user_text(tokenizer: Any, text: 
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=texts)
+@given(text=st.one_of(st.text(max_size=40), texts))
 def test_text_without_control_tokens_is_encoded_as_the_tokenizer_does(
     tokenizer: Any, text: str
 ) -> None:
-    for token in sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True):
-        text = text.replace(token, "")
-    ids = tokenizer(text, add_special_tokens=True).input_ids
-    if added_ids(tokenizer).isdisjoint(ids[1:]):
-        assert encode_prompt(tokenizer, text).tolist() == ids
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    assume(added_ids(tokenizer).isdisjoint(plain))
+    assert encode_user_text(tokenizer, text).tolist() == plain
+    assert encode_prompt(tokenizer, text).tolist() == tokenizer(text).input_ids
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(parts=st.lists(pieces, max_size=8))
 def test_response_tags_become_control_tokens(tokenizer: Any, parts: list[str]) -> None:
     text = "".join(parts)

@@ -143,6 +143,19 @@ def test_no_good_line_is_a_user_error(tmp_path: pathlib.Path, rejects: Rejects) 
         read(path, Rejects(tmp_path / "other.jsonl"))
 
 
+def test_files_may_share_a_record_of_rejects(
+    tmp_path: pathlib.Path, rejects: Rejects, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text(f"hello\n{GOOD}\n")
+    second.write_text(f"{GOOD}\n[]\n")
+    with caplog.at_level(logging.INFO):
+        read(first, rejects)
+        read(second, rejects)
+    assert "1 rejected (1 not_an_object)" in caplog.records[1].getMessage()
+    assert rejects.total == 2 and len(rejects.path.read_text().splitlines()) == 2
+
+
 def test_files_that_cannot_be_read_or_written(tmp_path: pathlib.Path, rejects: Rejects) -> None:
     with pytest.raises(UserError, match="cannot read the trajectory file .*missing.jsonl"):
         read(tmp_path / "missing.jsonl", rejects)

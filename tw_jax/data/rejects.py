@@ -6,8 +6,6 @@ import pathlib
 
 from tw_jax.errors import UserError
 
-_SHOWN = 3
-
 
 class Rejects:
     """Counts bad items by kind and writes each as one JSON line.
@@ -15,7 +13,6 @@ class Rejects:
     Attributes:
       path: the rejects file; it exists only if something was rejected.
       counts: number of rejected items by kind.
-      first: the first few, as text.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -26,7 +23,6 @@ class Rejects:
         """
         self.path = pathlib.Path(path)
         self.counts: collections.Counter[str] = collections.Counter()
-        self.first: list[str] = []
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
@@ -45,8 +41,6 @@ class Rejects:
           UserError: the rejects file cannot be written.
         """
         self.counts[kind] += 1
-        if len(self.first) < _SHOWN:
-            self.first.append(f"line {line}: {kind}: {message}")
         entry = {"file": str(file), "line": line, "kind": kind, "message": message}
         try:
             # Opened per item: rejects are rare, and a killed run keeps what it has found so far.
@@ -60,12 +54,17 @@ class Rejects:
         """Number of rejected items."""
         return self.counts.total()
 
-    def summary(self) -> str:
-        """One line: how many, of which kinds, listed where."""
-        if not self.total:
+    def summary(self, counts: collections.Counter[str] | None = None) -> str:
+        """One line: how many, of which kinds, listed where.
+
+        Args:
+          counts: of one file, where several share this record; all of them by default.
+        """
+        counts = self.counts if counts is None else counts
+        if not counts:
             return "0 rejected"
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
-        return f"{self.total} rejected ({kinds}), listed in {self.path}"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        return f"{counts.total()} rejected ({kinds}), listed in {self.path}"
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(

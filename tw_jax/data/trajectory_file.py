@@ -8,6 +8,7 @@ end-of-text token is not written. Kinds of rejects: `invalid_utf8`, `malformed_j
 schema's parser.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 _logger = logging.getLogger(__name__)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CONTEXT_TOKENS = 8
+_SHOWN_PROBLEMS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,25 +86,33 @@ def read_trajectories(
       path: JSON lines; blank lines are skipped.
       schema: the language the responses are written in.
       tokenizer: the one the schema is bound to.
-      rejects: collects the bad lines; a fresh one per file.
+      rejects: collects the bad lines; files may share it.
 
     Raises:
       UserError: the file cannot be read, or holds no good trajectory.
     """
-    good = 0
+    good, bad = 0, collections.Counter[str]()
+    first_problems: list[str] = []
     for number, line in _lines(path):
         try:
             record = _record(line)
             trajectory = _trajectory(record, schema, tokenizer)
         except _Rejected as rejected:
             rejects.add(path, number, rejected.kind, rejected.message)
+            bad[rejected.kind] += 1
+            if len(first_problems) < _SHOWN_PROBLEMS:
+                first_problems.append(f"line {number}: {rejected.kind}: {rejected.message}")
         else:
             good += 1
             yield LoadedTrajectory(record, number, trajectory)
+    summary = rejects.summary(bad)
+    if not good and bad:
+        problems = "; ".join(first_problems)
+        raise UserError(f"{path} holds no good trajectory: {summary}. First: {problems}")
     if not good:
-        raise UserError(_no_good_trajectory(path, rejects))
-    level = logging.WARNING if rejects.total else logging.INFO
-    _logger.log(level, "%s: %d trajectories read, %s", path, good, rejects.summary())
+        raise UserError(f"{path} holds no trajectory; expected one JSON object per line")
+    level = logging.WARNING if bad else logging.INFO
+    _logger.log(level, "%s: %d trajectories read, %s", path, good, summary)
 
 
 def write_trajectories(path: str | pathlib.Path, items: Iterable[TrajectoryRecord]) -> int:
@@ -245,10 +255,3 @@ def _trajectory(record: TrajectoryRecord, schema: Schema, tokenizer: "Tokenizer"
     raise _Rejected(
         first.kind, f"{first.message}, near {tokenizer.decode(around)!r} in the response{more}"
     )
-
-
-def _no_good_trajectory(path: str | pathlib.Path, rejects: Rejects) -> str:
-    if not rejects.total:
-        return f"the trajectory file {path} holds no trajectory; expected one JSON object per line"
-    problems = "; ".join(rejects.first)
-    return f"the trajectory file {path} holds no good trajectory: {rejects.summary()}. {problems}"

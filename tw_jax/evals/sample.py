@@ -41,6 +41,11 @@ class TextDecoder(Protocol):
         """Id of the end-of-text token."""
         ...
 
+    @property
+    def bos_token(self) -> str | None:
+        """Text of the token that opens a text."""
+        ...
+
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of the ids."""
         ...
@@ -93,7 +98,7 @@ def sample_from_rollout(
         starts_at += part["critical_tokens"]
     return {
         "style": style,
-        "prompt": text(rollout.prompt),
+        "prompt": text(rollout.prompt).removeprefix(tokenizer.bos_token or ""),
         "answer": answer,
         "correct": correct,
         "finish_reason": rollout.finish_reason,

@@ -13,6 +13,8 @@ closing tag still fits, and the rollout ends there; what ran later is dropped. S
 same whatever ran first.
 """
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
@@ -33,7 +35,6 @@ from tw_jax.rollout.state import (
     EngineState,
     Program,
 )
-from dataclasses import replace
 
 Scalar = Int32[Array, ""]
 
@@ -49,6 +50,7 @@ def finish_requests(
             requests,
             phase=jnp.where(ending, FINISHED, requests.phase),
             reason=jnp.where(ending, reason, requests.reason),
+            length=jnp.where(ending, rows.n_known[requests.row], requests.length),
         ),
         rows=replace(rows, live=rows.live & ~ending[rows.request]),
     )
@@ -88,14 +90,16 @@ def join_threads(program: Program, state: EngineState) -> EngineState:
 
     def body(state):
         slot = jnp.argmax(_joinable(program, state))
-        done = state.threads.next_join[slot] > state.threads.count[slot]
-        return lax.cond(
-            done,
-            lambda: _close_block(program, state, slot),
-            lambda: _join_thread(program, state, slot),
-        )
+        closing = state.threads.next_join[slot] > state.threads.count[slot]
+        over = _next_join_end(program, state)[slot] > state.requests.limit[slot]
+        event = jnp.where(over, 2, jnp.where(closing, 1, 0))
+        return lax.switch(event, [_join_thread, _close_block, _end_in_block], program, state, slot)
 
-    return lax.while_loop(lambda state: _joinable(program, state).any(), body, state)
+    # The cache takes no part: kept out of the loop, it cannot be copied by it.
+    cache = state.cache
+    state = replace(state, cache=None)
+    state = lax.while_loop(lambda state: _joinable(program, state).any(), body, state)
+    return replace(state, cache=cache)
 
 
 def spawn_threads(program: Program, state: EngineState) -> EngineState:
@@ -168,7 +172,25 @@ def _spawnable(program: Program, state: EngineState) -> Bool[Array, "requests"]:
     """Requests with a thread that only lacks a row."""
     requests, threads = state.requests, state.threads
     cached = state.rows.n_kv[requests.row] >= threads.fork_at + program.shared_len
-    return (requests.phase == THREADS) & (threads.next_spawn <= threads.count) & cached
+    waiting = (requests.phase == THREADS) & (threads.next_spawn <= threads.count)
+    return waiting & cached & _next_spawn_fits(program, state)
+
+
+def _next_spawn_fits(program: Program, state: EngineState) -> Bool[Array, "requests"]:
+    """Whether the next thread to spawn has room for a token and its closer in its own context.
+
+    If not, it has none in the joined text either, and its join will end the rollout.
+    """
+    threads = state.threads
+    end = threads.fork_at + len(program.tokens.fork) + program.fixed_header_len
+    end += _number_len(state, threads.next_spawn) + 1 + program.close_len
+    return end <= state.requests.limit
+
+
+def _number_len(state: EngineState, ordinal: Int32[Array, "requests"]) -> Int32[Array, "requests"]:
+    """Length of each request's thread number; of the last thread's beyond that."""
+    index = jnp.clip(ordinal, 1, state.reader.number_len.shape[1]) - 1
+    return state.reader.number_len[jnp.arange(len(index)), index]
 
 
 def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineState:
@@ -179,7 +201,6 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
     header, header_len = _header(program, state, slot, ordinal)
     body = fork_at + header_len
     area = slot * program.max_threads + ordinal - 1
-    # A thread without room for one token can never join either: the join of it ends the rollout.
     return replace(
         state,
         cache=copy_slot(state.cache, program.layout, state.requests.row[slot], row),
@@ -202,28 +223,32 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
     )
 
 
-def _joined_start(state: EngineState, slot) -> Scalar:
-    """Where the next thread's tag comes to stand in the joined text, if it is not thread 1."""
-    return state.rows.n_known[state.requests.row[slot]]
+def _next_join_end(program: Program, state: EngineState) -> Int32[Array, "requests"]:
+    """Least length of the joined text behind what is joined next: a thread, or the join's tokens."""
+    threads = state.threads
+    thread = program.fixed_header_len + _number_len(state, threads.next_join) + 1 + program.close_len
+    closing = threads.next_join > threads.count
+    end = state.rows.n_known[state.requests.row]
+    end += jnp.where(closing, len(program.tokens.join) + 1, thread)
+    # Thread 1 stands in the joined text already, and was started only because it fits.
+    return jnp.where(threads.next_join == 1, 0, end)
 
 
 def _joinable(program: Program, state: EngineState) -> Bool[Array, "requests"]:
-    """Requests in which something can be joined or closed now."""
-    threads, slots = state.threads, jnp.arange(program.requests)
-    following = threads.next_join
-    closing = following > threads.count
-    index = jnp.minimum(following, threads.count) - 1
-    ended = threads.outcome[slots, index, REASON] != RUNNING
-    # Without room for the next thread the rollout is over, finished or not.
-    end = _joined_start(state, slots) + program.fixed_header_len
-    end += state.reader.number_len[slots, index] + 1 + program.close_len
-    no_room = (following > 1) & (end > state.requests.limit)
+    """Requests in which something can be joined or closed now, or the rollout ends for want of room."""
+    threads = state.threads
+    ended = threads.outcome[:, :, REASON] != RUNNING
+    ordinal = jnp.arange(1, program.max_threads + 1)[None]
+    closing = threads.next_join > threads.count
     if program.deterministic:
-        of_block = jnp.arange(program.max_threads)[None] < threads.count[:, None]
-        all_ended = ((threads.outcome[:, :, REASON] != RUNNING) | ~of_block).all(axis=1)
-        ready = closing | all_ended
+        # Joined at once, so that the cache is filled in the same pieces whatever ran first.
+        last = jnp.where(
+            _next_spawn_fits(program, state), threads.count, threads.next_spawn - 1
+        )
+        ready = closing | (ended | (ordinal > last[:, None])).all(axis=1)
     else:
-        ready = closing | ended | no_room
+        over = _next_join_end(program, state) > state.requests.limit
+        ready = closing | over | (ended & (ordinal == threads.next_join[:, None])).any(axis=1)
     return (state.requests.phase == THREADS) & ready
 
 
@@ -262,7 +287,7 @@ def _join_thread(program: Program, state: EngineState, slot: Scalar) -> EngineSt
     outcome = outcome.at[REASON].set(reason).at[COUNT].set(count)
     entry = jnp.concatenate([outcome[:OUTCOME_FIELDS], positions])
     summary = jnp.stack([threads.fork_at[slot], end, ordinal])
-    joined = replace(
+    return replace(
         state,
         tokens=tokens,
         logprobs=logprobs,
@@ -274,10 +299,11 @@ def _join_thread(program: Program, state: EngineState, slot: Scalar) -> EngineSt
             blocks=state.records.blocks.at[slot, block].set(summary),
         ),
     )
-    return lax.cond(room < 1, lambda: _finish_at_limit(state, slot), lambda: joined)
 
 
-def _finish_at_limit(state: EngineState, slot: Scalar) -> EngineState:
+def _end_in_block(program: Program, state: EngineState, slot: Scalar) -> EngineState:
+    """Ends a rollout that has no room for what would be joined next."""
+    del program
     ending = jnp.arange(len(state.requests.phase)) == slot
     # The open block counts: its threads joined so far are part of the result.
     block = state.requests.block.at[slot].add(1)
@@ -309,7 +335,7 @@ def _copy_text(
 
 
 def _close_block(program: Program, state: EngineState, slot: Scalar) -> EngineState:
-    """Appends the join's tokens and lets the parent go on; ends the rollout without room."""
+    """Appends the join's tokens and lets the parent go on."""
     requests, rows = state.requests, state.rows
     row, block = requests.row[slot], requests.block[slot]
     start = rows.n_known[row]
@@ -317,7 +343,7 @@ def _close_block(program: Program, state: EngineState, slot: Scalar) -> EngineSt
     join = jnp.array(program.tokens.join, jnp.int32)[None]
     area = slot * program.max_threads
     summary = jnp.stack([state.threads.fork_at[slot], end, state.threads.count[slot]])
-    closed = replace(
+    return replace(
         state,
         tokens=lax.dynamic_update_slice(state.tokens, join, (area, start)),
         rows=rows.put(
@@ -335,7 +361,4 @@ def _close_block(program: Program, state: EngineState, slot: Scalar) -> EngineSt
         records=replace(
             state.records, blocks=state.records.blocks.at[slot, block].set(summary)
         ),
-    )
-    return lax.cond(
-        end + 1 > requests.limit[slot], lambda: _finish_at_limit(state, slot), lambda: closed
     )

@@ -107,8 +107,9 @@ class Program:
 
     @property
     def store_len(self) -> int:
-        """Length of an area: slack lets a header be written as one padded piece."""
-        return self.context_len + self.shared_len + self.max_digits + self.fixed_header_len
+        """Length of an area: slack lets forced text be written as one padded piece."""
+        header_len = len(self.tokens.fork) + self.fixed_header_len + self.max_digits
+        return self.context_len + max(header_len, self.close_len, len(self.tokens.join))
 
 
 class _Table:
@@ -173,6 +174,7 @@ class Requests(_Table):
       top_p: of sampling.
       reason: why the rollout ended, once FINISHED.
       block: blocks spawned and joined so far; the open block's index in phase THREADS.
+      length: tokens of the joined text, once FINISHED.
     """
 
     phase: Int32[Array, "requests"]
@@ -190,6 +192,7 @@ class Requests(_Table):
     top_p: Float32[Array, "requests"]
     reason: Int32[Array, "requests"]
     block: Int32[Array, "requests"]
+    length: Int32[Array, "requests"]
 
 
 @jax.tree_util.register_dataclass
@@ -302,6 +305,7 @@ def new_state(program: Program) -> EngineState:
             top_p=jnp.ones(requests, jnp.float32),
             reason=ints(requests),
             block=ints(requests),
+            length=ints(requests),
         ),
         reader=new_reader(requests, threads, program.max_digits),
         threads=Threads(

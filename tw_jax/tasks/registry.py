@@ -1,21 +1,30 @@
-"""Tasks by config."""
+"""Tasks by name."""
+
+import dataclasses
+from typing import Literal
 
 from tw_jax.tasks.multiplication import Multiplication, MultiplicationConfig
 from tw_jax.tasks.sum_of_products import SumOfProducts, SumOfProductsConfig
 from tw_jax.tasks.task import Task
 
-TaskConfig = MultiplicationConfig | SumOfProductsConfig
 
-TASK_CONFIGS: dict[str, type[TaskConfig]] = {
-    Multiplication.name: MultiplicationConfig,
-    SumOfProducts.name: SumOfProductsConfig,
-}
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Which task, and the settings of each; only those of the named one are used.
+
+    Attributes:
+      name: the task.
+      multiplication: settings of `multiplication`.
+      sum_of_products: settings of `sum_of_products`.
+    """
+
+    name: Literal["multiplication", "sum_of_products"] = "multiplication"
+    multiplication: MultiplicationConfig = MultiplicationConfig()
+    sum_of_products: SumOfProductsConfig = SumOfProductsConfig()
 
 
 def make_task(config: TaskConfig) -> Task:
-    """Builds the task that a config describes."""
-    match config:
-        case MultiplicationConfig():
-            return Multiplication(config)
-        case SumOfProductsConfig():
-            return SumOfProducts(config)
+    """Builds the task that a config names."""
+    if config.name == "multiplication":
+        return Multiplication(config.multiplication)
+    return SumOfProducts(config.sum_of_products)

@@ -113,7 +113,7 @@ def make_update(
             },
         )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, grads: Params, weight: Array):
         mean = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-20), grads)
         return apply_gradients(state, mean, optimizer)

@@ -6,7 +6,7 @@ Each function takes data and labels and returns one self-contained `<svg>`, safe
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -15,8 +15,13 @@ from tw_jax.view.numbers import Formatter, number, percent, times
 from tw_jax.view.scales import Scale, linear_scale, log_scale
 
 MAX_LINE_POINTS = 400
+_MAX_MARKERS = 24
+
+Axis = Literal["linear", "share", "log"]
+
 # Estimates for placing labels: the style sheet's largest chart type is this wide and high.
 _CHARACTER_WIDTH, _LINE_HEIGHT = 8.0, 17.0
+_LANE = 27.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Series:
       css: class that carries its colour.
       x: ascending.
       y: same length; None and non-finite values leave gaps.
-      smooth: draw the values faintly and a moving average on top.
+      smooth: measured at every step: many values are drawn faintly, with a moving average on top.
+        Otherwise measured now and then: few values are drawn as dots.
     """
 
     name: str
@@ -66,15 +72,16 @@ LARGE = svg.Size(500, 340, left=56)
 
 
 def line_chart(
-    labels: svg.Labels, series: Sequence[Series], *, tick: Formatter = number, share: bool = False
+    labels: svg.Labels, series: Sequence[Series], *, tick: Formatter = number, axis: Axis = "linear"
 ) -> Markup:
-    """Lines over training steps; logarithmic where positive values span a factor above 20.
+    """Lines over training steps.
 
     Args:
       labels: see `svg.Labels`.
       series: at least one with a finite value, or the chart says that there are no data.
       tick: writes the values of the vertical axis.
-      share: fix the vertical axis to 0..1.
+      axis: "share" fixes the vertical axis to 0..1; "log" makes it logarithmic where the values
+        are positive and span a factor above 20.
     """
     drawn = [_thin(s) for s in series]
     values = [y for s in drawn for y in s.y if y is not None]
@@ -84,9 +91,9 @@ def line_chart(
         )
     size = SMALL
     y_range = (size.height - size.bottom, size.top)
-    if share:
+    if axis == "share":
         y_scale = Scale(0, 1, *y_range)
-    elif min(values) > 0 and max(values) / min(values) > 20:
+    elif axis == "log" and min(values) > 0 and max(values) / min(values) > 20:
         y_scale = log_scale(values, *y_range)
     else:
         y_scale = linear_scale(values, *y_range, floor=0 if min(values) >= 0 else None)
@@ -95,16 +102,17 @@ def line_chart(
     x_scale = Scale(first, last if last > first else first + 1, size.left, size.width - size.right)
     body = svg.axes(labels, size, x_scale, y_scale, number, tick)
     for line in drawn:
-        if line.smooth and len(line.x) > 12:
+        if line.smooth and len(line.x) > _MAX_MARKERS:
             body += _polyline(line, line.y, x_scale, y_scale, "line raw")
             body += _polyline(line, _moving_average(line.y), x_scale, y_scale, "line")
-        else:
+            continue
+        if line.smooth or len(line.x) > _MAX_MARKERS:
             body += _polyline(line, line.y, x_scale, y_scale, "line")
-            if len(line.x) <= 12:
-                for x, y in zip(line.x, line.y, strict=True):
-                    if y is not None:
-                        tip = f"{line.name}, step {number(x)}: {tick(y)}"
-                        body += svg.marker("circle", x_scale(x), y_scale(y), line.css, tip, 3)
+        if len(line.x) <= _MAX_MARKERS:
+            for x, y in zip(line.x, line.y, strict=True):
+                if y is not None:
+                    tip = f"{line.name}, step {number(x)}: {tick(y)}"
+                    body += svg.marker("circle", x_scale(x), y_scale(y), line.css, tip, 3.5)
     if len(drawn) > 1:
         body += _legend(size, [(s.name, s.css) for s in drawn])
     return svg.figure(labels, size, body)
@@ -148,7 +156,7 @@ def histogram(labels: svg.Labels, values: Sequence[float], mean: float) -> Marku
     size = LARGE
     finite = [v for v in values if math.isfinite(v)]
     x_scale = linear_scale(
-        finite, size.left, size.width - size.right, include=(1.0, mean), floor=0, target=6
+        finite, size.left, size.width - size.right, include=(0.95, mean), floor=0, target=6
     )
     bins = _bin_count(len(finite))
     width = (x_scale.high - x_scale.low) / bins
@@ -183,42 +191,48 @@ def histogram(labels: svg.Labels, values: Sequence[float], mean: float) -> Marku
 
 
 def timeline(labels: svg.Labels, units: Sequence[Mapping[str, Any]]) -> Markup:
-    """Which batch row decoded which unit, and when.
+    """Which batch row decoded which unit, and when; below, the same units one after another.
 
     Args:
       labels: see `svg.Labels`.
       units: {"row", "start", "end", "kind", "thread", "tokens"}, as in `tw_jax.evals.sample`.
     """
     rows = sorted({u["row"] for u in units})
-    lane = 26.0
-    size = svg.Size(760, 58 + lane * max(1, len(rows)), left=70, top=8)
     begin = min((u["start"] for u in units), default=0)
-    finish = max((u["end"] for u in units), default=1) + 1
-    x_scale = Scale(0, max(1, finish - begin), size.left, size.width - size.right)
-    y_scale = Scale(0, max(1, len(rows)), size.top, size.height - size.bottom)
+    steps = max((u["end"] + 1 for u in units), default=1) - begin
+    tokens = sum(u["tokens"] for u in units)
+    height = 62 + _LANE * (len(rows) + 1)
+    size = svg.Size(900, height, left=78, top=4)
+    x_scale = Scale(0, max(1, steps, tokens), size.left, size.width - size.right)
+    y_scale = Scale(0, 1, size.height - size.bottom, size.top)
     body = svg.axes(labels, size, x_scale, y_scale, number, number, y_ticks=())
-    for i, row in enumerate(rows):
-        body += svg.text(size.left - 8, size.top + lane * (i + 0.5) + 4, f"row {row}", "tick end")
+    for lane, row in enumerate(rows):
+        body += svg.text(size.left - 9, _LANE * (lane + 0.5) + 9, f"row {row}", "tick end")
+    last = _LANE * len(rows) + 10
+    body += svg.text(size.left - 9, last + 0.5 * _LANE + 5, "end to end", "tick end")
+    done = 0
     for u in units:
-        left, right = x_scale(u["start"] - begin), x_scale(u["end"] + 1 - begin)
-        top = size.top + lane * rows.index(u["row"]) + 3
-        thread = u["kind"] == "thread"
-        name = f"thread {u['thread']}" if thread else "sequential"
-        css = "bar c-parallel" if thread else "bar c-sequential"
+        name = f"thread {u['thread']}" if u["kind"] == "thread" else "sequential"
+        css = "c-parallel" if u["kind"] == "thread" else "c-sequential"
         tip = f"{name}: {u['tokens']} tokens, steps {u['start']} to {u['end']}"
-        body += Markup(
-            '<rect class="{}" x="{}" y="{}" width="{}" height="{}" rx="3"><title>{}</title></rect>'
-        ).format(
-            css,
-            svg.px(left),
-            svg.px(top),
-            svg.px(max(1.5, right - left - 1)),
-            svg.px(lane - 6),
-            tip,
-        )
-        if right - left > 7.5 * len(name):
-            body += svg.text(left + 7, top + 14, name, "inbar")
+        top = _LANE * rows.index(u["row"]) + 6
+        span = x_scale(u["start"] - begin), x_scale(u["end"] + 1 - begin)
+        body += _unit_bar(span, top, f"bar {css}", name, tip)
+        span = x_scale(done), x_scale(done + u["tokens"])
+        body += _unit_bar(span, last, f"bar pale {css}", "", tip)
+        done += u["tokens"]
     return svg.figure(labels, size, body)
+
+
+def _unit_bar(span: tuple[float, float], top: float, css: str, name: str, tip: str) -> Markup:
+    """A bar of the timeline, named where the name fits."""
+    left, width = span[0], max(1.5, span[1] - span[0] - 1.5)
+    body = Markup(
+        '<rect class="{}" x="{}" y="{}" width="{}" height="{}" rx="3"><title>{}</title></rect>'
+    ).format(css, svg.px(left), svg.px(top), svg.px(width), svg.px(_LANE - 7), tip)
+    if name and width > _CHARACTER_WIDTH * len(name) + 12:
+        body += svg.text(left + 8, top + 0.5 * _LANE + 1, name, "inbar")
+    return body
 
 
 def fork_lines(threads: int, critical: int, *, join: bool) -> Markup:
@@ -238,7 +252,7 @@ def fork_lines(threads: int, critical: int, *, join: bool) -> Markup:
         x = i + 0.5
         begin, end = (x, middle) if join else (middle, x)
         css = "fork critical" if i == critical else "fork"
-        body += Markup('<path class="{}" d="M{} 0C{} 14 {} 10 {} 24"/>').format(
+        body += Markup('<path class="{}" d="M{} 0C{} 17 {} 7 {} 24"/>').format(
             css, begin, begin, end, end
         )
     return Markup(
@@ -269,7 +283,7 @@ def _legend(size: svg.Size, entries: Sequence[tuple[str, str]]) -> Markup:
     body, x = Markup(""), size.width - size.right
     for name, css in reversed(entries):
         body += svg.text(x, 13, name, "tick end")
-        x -= 6.4 * len(name) + 16
+        x -= 5.8 * len(name) + 16
         body += Markup('<rect class="bar {}" x="{}" y="5" width="10" height="8" rx="2"/>').format(
             css, svg.px(x)
         )
@@ -294,10 +308,18 @@ def _point_labels(
     for p in points:
         x, y = x_scale(p.x), y_scale(p.y)
         width = _CHARACTER_WIDTH * len(p.label)
+        # Beside the marker, or beside a horizontal bar that reaches further.
+        x_left, right = x - 6, x + 6
+        if p.x_interval:
+            x_left = min(x_left, x_scale(p.x_interval[0]))
+            right = max(right, x_scale(p.x_interval[1]))
         choices = []
         for rise in (0, -20, 20, -36, 36, -52, 52):
             middle = y + rise
-            for left, css in ((x + 13, "label strong"), (x - 13 - width, "label strong end")):
+            for left, css in (
+                (right + 7, "label strong"),
+                (x_left - 7 - width, "label strong end"),
+            ):
                 box = (left, middle - _LINE_HEIGHT / 2, left + width, middle + _LINE_HEIGHT / 2)
                 outside = (
                     max(0, size.left - box[0]) + max(0, box[2] - size.width)
@@ -326,7 +348,7 @@ def _thin(series: Series) -> Series:
         groups = [pairs[i : i + stride] for i in range(0, len(pairs), stride)]
         pairs = [(group[-1][0], _mean([y for _, y in group])) for group in groups]
     if not series.smooth:
-        # Sparse measurements (a held-out loss now and then) are joined across the gaps.
+        # Measurements taken now and then are joined across the steps between them.
         pairs = [pair for pair in pairs if pair[1] is not None]
     return dataclasses.replace(series, x=[p[0] for p in pairs], y=[p[1] for p in pairs])
 

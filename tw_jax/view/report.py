@@ -242,15 +242,16 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
         ]
         if not series:
             continue
-        share = "share of" in unit
+        axis = "share" if "share of" in unit else "log" if title == "Loss" else "linear"
+        write = percent if axis == "share" else number
         labels = Labels(
             key=f"{stage}-{lines[0][1].replace('_', '-')}",
             title=f"{eyebrow}: {title.lower()} by step",
-            description=_ends(series, percent if share else number),
+            description=_ends(series, write),
             x="step",
             y=unit,
         )
-        chart = charts.line_chart(labels, series, tick=percent if share else number, share=share)
+        chart = charts.line_chart(labels, series, tick=write, axis=axis)
         figures.append(Figure(title, chart, "", eyebrow))
     return figures
 

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks NAME [--json FILE]`, run from the repository."""
