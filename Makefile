@@ -1,5 +1,5 @@
 # Everything here sets itself up: Python >= 3.11, git and make are all a machine needs.
-#   make quickstart [ARGS="key=value"] train, improve and report on this machine
+#   make quickstart [ARGS="key=value"]    train, improve and report on this machine
 #   make test [WORKERS=2] [TORCH=]        every check; TORCH= skips the torch parity tests
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

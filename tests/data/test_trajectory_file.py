@@ -19,13 +19,12 @@ from tw_jax.data.trajectory_file import (
 )
 from tw_jax.errors import UserError
 from tw_jax.tasks.character_tokenizer import load_tokenizer
-from tw_jax.tasks.registry import make_task
-from tw_jax.tasks.sum_of_products import SumOfProductsConfig
+from tw_jax.tasks.sum_of_products import SumOfProducts, SumOfProductsConfig
 from tw_jax.trajectory.schemas import make_schema
 
 TOKENIZER = load_tokenizer()
 SCHEMA = make_schema("threadweaver", TOKENIZER)
-TASK = make_task(SumOfProductsConfig())
+TASK = SumOfProducts(SumOfProductsConfig())
 PROBLEM = TASK.problem("train", 0, 0)
 GOOD = json.dumps({"prompt": PROBLEM.prompt, "response": PROBLEM.parallel, "answer": "88120"})
 

@@ -1,5 +1,6 @@
 """Streams of problems: splits, random access, style choice, answers, configs."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,13 +9,16 @@ import time
 import pytest
 
 from tw_jax.errors import UserError
-from tw_jax.tasks.multiplication import MultiplicationConfig
+from tw_jax.tasks.multiplication import Multiplication, MultiplicationConfig
 from tw_jax.tasks.operands import draw_pair, pair_split
-from tw_jax.tasks.registry import TASK_CONFIGS, TaskConfig, make_task
-from tw_jax.tasks.sum_of_products import SumOfProductsConfig
+from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.tasks.sum_of_products import SumOfProducts, SumOfProductsConfig
 from tw_jax.tasks.task import Problem, Split, Task, choose_style, draw_below, random_words
 
-TASKS = [make_task(MultiplicationConfig()), make_task(SumOfProductsConfig())]
+TASKS: list[Task] = [
+    Multiplication(MultiplicationConfig()),
+    SumOfProducts(SumOfProductsConfig()),
+]
 by_name = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 
@@ -25,17 +29,15 @@ def ordered_pairs(problem: Problem) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    "config",
+    "task",
     [
-        MultiplicationConfig(digits=2),
-        MultiplicationConfig(),
-        SumOfProductsConfig(),
-        SumOfProductsConfig(digits=1, heldout_fraction=0.4),
+        *TASKS,
+        Multiplication(MultiplicationConfig(digits=2)),
+        SumOfProducts(SumOfProductsConfig(digits=1, heldout_fraction=0.4)),
     ],
     ids=str,
 )
-def test_splits_share_no_pair_in_either_order(config: TaskConfig) -> None:
-    task = make_task(config)
+def test_splits_share_no_pair_in_either_order(task: Task) -> None:
     seen: dict[str, set[tuple[int, int]]] = {}
     # Different seeds: the split must not depend on them.
     for split, seed in (("train", 0), ("heldout", 1)):
@@ -49,9 +51,9 @@ def test_the_two_tasks_hold_out_the_same_pairs() -> None:
     held_out = {
         pair
         for i in range(2000)
-        for pair in ordered_pairs(make_task(SumOfProductsConfig()).problem("heldout", i, 0))
+        for pair in ordered_pairs(SumOfProducts(SumOfProductsConfig()).problem("heldout", i, 0))
     }
-    multiplication = make_task(MultiplicationConfig(digits=2))
+    multiplication = Multiplication(MultiplicationConfig(digits=2))
     trained = {p for i in range(2000) for p in ordered_pairs(multiplication.problem("train", i, 0))}
     assert not held_out & trained
 
@@ -89,7 +91,7 @@ def test_problems_are_a_function_of_split_index_and_seed(task: Task) -> None:
 def test_problems_do_not_depend_on_the_process() -> None:
     program = (
         "from tw_jax.tasks.registry import *; "
-        "print(make_task(SumOfProductsConfig()).problem('heldout', 5, 9).prompt)"
+        "print(make_task(TaskConfig('sum_of_products')).problem('heldout', 5, 9).prompt)"
     )
     outputs = {
         subprocess.run(
@@ -174,9 +176,14 @@ def test_draws_are_uniform() -> None:
     assert all(abs(count - 10_000) < 500 for count in counts)
 
 
-def test_configs_by_name() -> None:
-    for name, config in TASK_CONFIGS.items():
-        assert make_task(config()).name == name
+def test_tasks_by_name() -> None:
+    config = TaskConfig(
+        multiplication=MultiplicationConfig(digits=4),
+        sum_of_products=SumOfProductsConfig(digits=3),
+    )
+    assert make_task(config) == Multiplication(config.multiplication)
+    config = dataclasses.replace(config, name="sum_of_products")
+    assert make_task(config) == SumOfProducts(config.sum_of_products)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import pytest
 
 from tw_jax.data.text import encode_prompt, encode_response
 from tw_jax.tasks.character_tokenizer import load_tokenizer
-from tw_jax.tasks.multiplication import MultiplicationConfig
-from tw_jax.tasks.registry import make_task
-from tw_jax.tasks.sum_of_products import SumOfProductsConfig
+from tw_jax.tasks.multiplication import Multiplication, MultiplicationConfig
+from tw_jax.tasks.sum_of_products import SumOfProducts, SumOfProductsConfig
 from tw_jax.tasks.task import Problem, Style, Task
 from tw_jax.trajectory import metrics
 from tw_jax.trajectory.schemas import make_schema
@@ -15,8 +14,8 @@ from tw_jax.trajectory.trajectory import Trajectory
 
 TOKENIZER = load_tokenizer()
 SCHEMA = make_schema("threadweaver", TOKENIZER)
-MULTIPLICATION = make_task(MultiplicationConfig())
-SUMS = make_task(SumOfProductsConfig())
+MULTIPLICATION = Multiplication(MultiplicationConfig())
+SUMS = SumOfProducts(SumOfProductsConfig())
 # Tokens of prompt, sequential response, parallel response, critical path and trie, by the number of
 # products where it varies; every response ends with <eos>.
 MULTIPLICATION_COUNTS = (9, 161, 200, 124, 285)

@@ -94,6 +94,7 @@ def advance(
 
 
 def _step(program: Program, network: _Network, state: EngineState) -> EngineState:
+    cached_before = state.rows.n_kv
     state = _prefill_lane(program, network, state)
     state, token, sampled = _decode_lane(program, network, state)
     with jax.named_scope("events"):
@@ -101,7 +102,9 @@ def _step(program: Program, network: _Network, state: EngineState) -> EngineStat
         state = _read_segments(program, state, token, sampled)
         state = join_threads(program, state)
         state = spawn_threads(program, state)
-    return replace(state, step=state.step + 1)
+    moved = (state.rows.n_kv != cached_before).any()
+    idle_steps = jnp.where(moved, 0, state.idle_steps + 1)
+    return replace(state, step=state.step + 1, idle_steps=idle_steps)
 
 
 def _by_length(program: Program, length: Int32[Array, ""], attend):
@@ -208,7 +211,6 @@ def _decode_lane(
                     sampled & (rows.n_known == rows.body), state.step, rows.start_step
                 ),
             ),
-            idle_steps=jnp.where(feeds.any(), 0, state.idle_steps + 1),
         ),
         token,
         sampled,

@@ -228,11 +228,11 @@ def _attempt(read: Callable[[int], T], step: int) -> tuple[Any, str | None]:
     except Exception as error:  # files cut short or altered fail in countless ways
         if re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error)):
             raise  # another checkpoint would not cure that
+        if isinstance(error, CorruptCheckpoint):
+            return None, str(error)
         lines = str(error).strip().splitlines() or [""]
-        text = lines[0] if len(lines[0]) <= 200 else f"{lines[0][:200]}..."
-        return None, text if isinstance(error, CorruptCheckpoint) else (
-            f"{type(error).__name__}: {text}"
-        )
+        text = lines[0].partition(" See full TensorStore")[0]
+        return None, f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"
 
 
 def _everywhere(ok: bool) -> bool:

@@ -1,0 +1,245 @@
+"""Measures a model on a task: accuracy, token latency and, where asked for, wall-clock time.
+
+1. Every problem of a split is asked in each style, forced by the first tokens of the response or
+   left free; the engine samples all rollouts of a style in one go.
+2. Each rollout is graded and becomes a `RolloutRecord`.
+3. The records are summarised; speedups compare the styles problem by problem.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+
+from tw_jax.errors import UserError
+from tw_jax.evals.metrics import (
+    RolloutRecord,
+    Style,
+    StyleSummary,
+    summarize,
+    token_latency_speedup,
+)
+from tw_jax.evals.problems import record_rollout, request_seed, style_request
+from tw_jax.evals.wall_clock import measure_wall_clock, wall_clock_engines
+from tw_jax.rollout.engine import EngineConfig, RolloutEngine
+from tw_jax.rollout.request import SamplingParams
+from tw_jax.rollout.rollout import Rollout
+from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.tasks.task import Split, Task
+from tw_jax.train.run_dir import load_run
+from tw_jax.trajectory.schema import Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation of a trained model.
+
+    Attributes:
+      checkpoint: folder of the run whose model is measured.
+      step: checkpoint step; null takes the newest.
+      task: source of problems.
+      split: which problems; training never shows those of "heldout".
+      count: problems.
+      samples_per_problem: rollouts of each problem in each style (the n of avg@n).
+      styles: "sequential" and "parallel" force a style, "free" lets the model choose.
+      sampling: how rollouts are drawn; temperature 0 is greedy.
+      seed: of problems and sampling.
+      engine: size of the rollout engine.
+      wall_clock_problems: problems timed one at a time in both forced styles; 0 times none.
+      wall_clock_repeats: runs of each timed problem; the median counts.
+      output: JSON file for summaries and records; null writes none.
+    """
+
+    checkpoint: str = "runs/sft"
+    step: int | None = None
+    task: TaskConfig = TaskConfig()
+    split: Split = "heldout"
+    count: int = 128
+    samples_per_problem: int = 1
+    styles: tuple[Style, ...] = ("sequential", "parallel", "free")
+    sampling: SamplingParams = SamplingParams()
+    seed: int = 0
+    engine: EngineConfig = EngineConfig()
+    wall_clock_problems: int = 0
+    wall_clock_repeats: int = 3
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.styles or len(set(self.styles)) != len(self.styles):
+            raise ValueError(f"styles={list(self.styles)}: name at least one, none of them twice")
+        for name, least in (
+            ("count", 1),
+            ("samples_per_problem", 1),
+            ("wall_clock_problems", 0),
+            ("wall_clock_repeats", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+
+
+def evaluate(
+    engine: RolloutEngine,
+    params: Any,
+    schema: Schema,
+    tokenizer: Any,
+    task: Task,
+    *,
+    split: Split,
+    count: int,
+    style: Style,
+    sampling: SamplingParams,
+    seed: int,
+    samples_per_problem: int = 1,
+) -> tuple[list[RolloutRecord], list[Rollout]]:
+    """Asks the first `count` problems of a split in one style.
+
+    Args:
+      engine: bound to the model's graph and the schema.
+      params: the model's parameters.
+      schema: the language of the rollouts.
+      tokenizer: the model's.
+      task: source of problems and judge of answers.
+      split: which problems.
+      count: problems.
+      style: "sequential" decodes plainly behind the task's sequential prefix, "parallel" forks
+        behind its parallel prefix, "free" lets the model choose.
+      sampling: how rollouts are drawn.
+      seed: of problems and sampling; the same seed asks the same problems in every style.
+      samples_per_problem: rollouts of each problem.
+
+    Returns:
+      Records and rollouts, problem by problem, samples of a problem next to each other.
+    """
+    problems = [task.problem(split, index, seed) for index in range(count)]
+    requests = [
+        style_request(
+            tokenizer, schema, task, problem, style, sampling, request_seed(seed, index, sample)
+        )
+        for index, problem in enumerate(problems)
+        for sample in range(samples_per_problem)
+    ]
+    rollouts = engine.generate(params, requests)
+    records = [
+        record_rollout(
+            rollout,
+            problems[i // samples_per_problem],
+            task,
+            tokenizer,
+            schema,
+            index=i // samples_per_problem,
+            style=style,
+        )
+        for i, rollout in enumerate(rollouts)
+    ]
+    return records, rollouts
+
+
+def run_eval(config: EvalConfig) -> dict[str, Any]:
+    """Evaluates a run's model, prints a table and writes the results.
+
+    Returns:
+      What is written to `config.output`: {"checkpoint", "step", "summaries" by style,
+      "token_latency_speedup" (null unless both forced styles were run), "wall_clock" (null unless
+      asked for), "records" by style}.
+
+    Raises:
+      UserError: no such run, or the output cannot be written.
+    """
+    model = load_run(config.checkpoint, config.step)
+    task = make_task(config.task)
+    engine = RolloutEngine(model.graphdef, model.schema, config.engine)
+    records = {
+        style: evaluate(
+            engine,
+            model.params,
+            model.schema,
+            model.tokenizer,
+            task,
+            split=config.split,
+            count=config.count,
+            style=style,
+            sampling=config.sampling,
+            seed=config.seed,
+            samples_per_problem=config.samples_per_problem,
+        )[0]
+        for style in config.styles
+    }
+    summaries = {style: summarize(found) for style, found in records.items()}
+    speedup = None
+    if "sequential" in records and "parallel" in records:
+        speedup = token_latency_speedup(records["sequential"], records["parallel"])
+    wall_clock = None
+    if config.wall_clock_problems:
+        wall_clock = measure_wall_clock(
+            wall_clock_engines(model, config.engine),
+            model.params,
+            model.schema,
+            model.tokenizer,
+            task,
+            split=config.split,
+            count=config.wall_clock_problems,
+            sampling=config.sampling,
+            seed=config.seed,
+            repeats=config.wall_clock_repeats,
+        )
+    rich.console.Console().print(_summary_table(summaries))
+    if speedup:
+        print(f"token-latency speedup {speedup.mean:.2f}x, sequential / parallel critical path")
+    if wall_clock:
+        print(f"wall-clock speedup {wall_clock.speedup.mean:.2f}x, one problem at a time")
+    results = {
+        "checkpoint": config.checkpoint,
+        "step": model.step,
+        "summaries": {style: summary.to_json() for style, summary in summaries.items()},
+        "token_latency_speedup": speedup.to_json() if speedup else None,
+        "wall_clock": wall_clock.to_json() if wall_clock else None,
+        "records": {style: [r.to_json() for r in found] for style, found in records.items()},
+    }
+    if config.output is not None:
+        write_json_lines(config.output, [results])
+        print(config.output)
+    return results
+
+
+def write_json_lines(path: str | os.PathLike[str], values: Sequence[Any]) -> None:
+    """Writes one line of JSON per value; a reader never sees half of the file.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(lines, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"output {path}: cannot write ({error.strerror})") from error
+
+
+def _summary_table(summaries: Mapping[Style, StyleSummary]) -> rich.table.Table:
+    table = rich.table.Table(box=None, pad_edge=False)
+    table.add_column("style")
+    for name in ("accuracy", "95% interval", "critical path", "total tokens",
+                 "acceleration", "with a block", "format valid", "rollouts"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for style, s in summaries.items():
+        low, high = s.accuracy_interval
+        table.add_row(
+            style,
+            f"{s.accuracy:.1%}",
+            f"{low:.1%} - {high:.1%}",
+            f"{s.critical_path:.1f}",
+            f"{s.total_tokens:.1f}",
+            f"{s.acceleration_ratio:.3f}",
+            f"{s.activation_ratio:.1%}",
+            f"{s.format_valid_rate:.1%}",
+            str(s.n),
+        )
+    return table

@@ -1,0 +1,242 @@
+"""Puts requests into free slots, and reads finished ones back."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from tw_jax.rollout.advance import end_segments, split_spawns
+from tw_jax.rollout.outlines import read_token
+from tw_jax.rollout.request import Request
+from tw_jax.rollout.sampling import unit_key
+from tw_jax.rollout.spawn_join import open_blocks
+from tw_jax.rollout.state import (
+    CONTEXT,
+    FINISHED,
+    FREE,
+    LENGTH,
+    SEGMENT,
+    EngineState,
+    Program,
+    Records,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """Requests that enter the engine together, one line per request slot.
+
+    Attributes:
+      arrives: the slot gets a new request; the other fields of a slot without one are ignored.
+      tokens: prompt and forced prefix, padded to the length of an area.
+      prompt_len: prompt tokens.
+      known_len: prompt and forced prefix.
+      ticket: order of admission.
+      key: noise key of the request.
+      parallel: may spawn.
+      limit: the joined text ends here.
+      limit_reason: LENGTH or CONTEXT.
+      max_threads: see `Requests`.
+      max_thread_tokens: see `Requests`.
+      max_blocks: see `Requests`.
+      temperature: see `Requests`.
+      top_k: see `Requests`.
+      top_p: see `Requests`.
+    """
+
+    arrives: Bool[Array, "requests"]
+    tokens: Int32[Array, "requests store"]
+    prompt_len: Int32[Array, "requests"]
+    known_len: Int32[Array, "requests"]
+    ticket: Int32[Array, "requests"]
+    key: UInt32[Array, "requests 2"]
+    parallel: Bool[Array, "requests"]
+    limit: Int32[Array, "requests"]
+    limit_reason: Int32[Array, "requests"]
+    max_threads: Int32[Array, "requests"]
+    max_thread_tokens: Int32[Array, "requests"]
+    max_blocks: Int32[Array, "requests"]
+    temperature: Float32[Array, "requests"]
+    top_k: Int32[Array, "requests"]
+    top_p: Float32[Array, "requests"]
+
+
+def admission(program: Program, arrivals: Sequence[tuple[int, int, Request]]) -> Admission:
+    """Lays out requests for `admit`: (slot, ticket, request) each. Plain NumPy."""
+    n = program.requests
+
+    def zeros(dtype: type = np.int32) -> np.ndarray:
+        return np.zeros(n, dtype)
+
+    batch = Admission(
+        arrives=zeros(np.bool_),
+        tokens=np.zeros((n, program.store_len), np.int32),
+        prompt_len=zeros(),
+        known_len=zeros(),
+        ticket=zeros(),
+        key=np.zeros((n, 2), np.uint32),
+        parallel=zeros(np.bool_),
+        limit=zeros(),
+        limit_reason=zeros(),
+        max_threads=zeros(),
+        max_thread_tokens=zeros(),
+        max_blocks=zeros(),
+        temperature=zeros(np.float32),
+        top_k=zeros(),
+        top_p=np.ones(n, np.float32),
+    )
+    for slot, ticket, request in arrivals:
+        sampling = request.sampling
+        known = np.concatenate([request.prompt, np.array(request.forced_prefix, np.int32)])
+        budget = len(request.prompt) + sampling.max_response_tokens
+        values = {
+            "arrives": True,
+            "prompt_len": len(request.prompt),
+            "known_len": len(known),
+            "ticket": ticket,
+            # The two words that jax.random.PRNGKey makes of a 64-bit seed.
+            "key": (request.seed >> 32, request.seed & 0xFFFFFFFF),
+            "parallel": request.mode == "parallel",
+            "limit": min(budget, program.context_len),
+            "limit_reason": LENGTH if budget <= program.context_len else CONTEXT,
+            "max_threads": sampling.max_threads,
+            "max_thread_tokens": min(sampling.max_thread_tokens, program.context_len),
+            "max_blocks": sampling.max_blocks,
+            "temperature": sampling.temperature,
+            "top_k": min(sampling.top_k, program.vocab),
+            "top_p": sampling.top_p,
+        }
+        batch.tokens[slot, : len(known)] = known  # pyright: ignore[reportIndexIssue]
+        for name, value in values.items():
+            getattr(batch, name)[slot] = value
+    return batch
+
+
+def admit(program: Program, state: EngineState, batch: Admission) -> EngineState:
+    """Starts the requests in free rows; there must be one for each of them.
+
+    Outlines in a forced prefix are read here, and a spawn trigger that ends the prefix opens its
+    block at once: the prefix may hold a whole list of plans.
+    """
+    arrives, slots = batch.arrives, jnp.arange(program.requests)
+    free_rows = jnp.nonzero(~state.rows.live, size=program.requests, fill_value=program.rows)[0]
+    row = jnp.where(arrives, free_rows[jnp.cumsum(arrives) - 1], program.rows).astype(jnp.int32)
+    key = jax.vmap(lambda key: unit_key(key, jnp.int32(0), jnp.int32(0)))(batch.key)
+
+    def row_field(old, new):
+        return old.at[row].set(new, mode="drop")
+
+    def request_field(old, new):
+        return jnp.where(arrives.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    rows, requests, reader = state.rows, state.requests, state.reader
+    asked = {
+        field.name: request_field(getattr(requests, field.name), getattr(batch, field.name))
+        for field in dataclasses.fields(requests)
+        if field.name in Admission.__dataclass_fields__
+    }
+    area = jnp.where(arrives, slots * program.max_threads, len(state.tokens))
+    state = replace(
+        state,
+        tokens=state.tokens.at[area].set(batch.tokens, mode="drop"),
+        rows=replace(
+            rows,
+            live=row_field(rows.live, True),
+            request=row_field(rows.request, slots),
+            area=row_field(rows.area, slots * program.max_threads),
+            thread=row_field(rows.thread, 0),
+            waiting=row_field(rows.waiting, False),
+            n_known=row_field(rows.n_known, batch.known_len),
+            n_kv=row_field(rows.n_kv, 0),
+            body=row_field(rows.body, batch.known_len),
+            stop_at=row_field(rows.stop_at, batch.limit),
+            key=row_field(rows.key, key),
+            start_step=row_field(rows.start_step, state.step),
+        ),
+        requests=replace(
+            requests,
+            **asked,
+            phase=request_field(requests.phase, SEGMENT),
+            row=request_field(requests.row, row),
+            block=request_field(requests.block, 0),
+        ),
+        reader=replace(
+            reader,
+            open=reader.open & ~arrives,
+            state=request_field(reader.state, 0),
+            count=request_field(reader.count, 0),
+            duplicates=request_field(reader.duplicates, 0),
+        ),
+    )
+    state, asks = _read_prefix(program, state, batch)
+    spawns, cramped = split_spawns(program, state, asks)
+    state = open_blocks(program, state, spawns)
+    return end_segments(state, cramped, state.requests.limit_reason)
+
+
+def _read_prefix(
+    program: Program, state: EngineState, batch: Admission
+) -> tuple[EngineState, Bool[Array, "requests"]]:
+    """Reads outline numbers in forced prefixes; returns where the last token asks for a spawn."""
+    prefix_len = jnp.where(batch.arrives & batch.parallel, batch.known_len - batch.prompt_len, 0)
+    longest = prefix_len.max()
+
+    def body(carry):
+        index, reader, asks = carry
+        position = jnp.minimum(batch.prompt_len + index, batch.tokens.shape[1] - 1)
+        token = jnp.take_along_axis(batch.tokens, position[:, None], axis=1)[:, 0]
+        reader, closes = read_token(
+            reader, program.alphabet, token, index < prefix_len, batch.max_threads
+        )
+        return index + 1, reader, asks | (closes & (index == prefix_len - 1))
+
+    start = (jnp.int32(0), state.reader, jnp.zeros(program.requests, bool))
+    _, reader, asks = lax.while_loop(lambda carry: carry[0] < longest, body, start)
+    return replace(state, reader=reader), asks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Harvest:
+    """What the host reads of every request slot when some have finished.
+
+    Attributes:
+      tokens: joined text, padded.
+      logprobs: of its sampled tokens.
+      length: length of the joined text.
+      reason: why the rollout ended.
+      blocks: parallel blocks.
+      duplicates: outline numbers dropped as repeated.
+      records: see `Records`.
+    """
+
+    tokens: Int32[Array, "requests store"]
+    logprobs: Float32[Array, "requests store"]
+    length: Int32[Array, "requests"]
+    reason: Int32[Array, "requests"]
+    blocks: Int32[Array, "requests"]
+    duplicates: Int32[Array, "requests"]
+    records: Records
+
+
+def harvest(program: Program, state: EngineState) -> tuple[EngineState, Harvest]:
+    """Frees the slots of finished requests and returns their results."""
+    requests = state.requests
+    joined = slice(None, None, program.max_threads)
+    result = Harvest(
+        tokens=state.tokens[joined],
+        logprobs=state.logprobs[joined],
+        length=requests.length,
+        reason=requests.reason,
+        blocks=requests.block,
+        duplicates=state.reader.duplicates,
+        records=state.records,
+    )
+    phase = jnp.where(requests.phase == FINISHED, FREE, requests.phase)
+    return replace(state, requests=replace(requests, phase=phase)), result

@@ -1,0 +1,325 @@
+"""The rollout engine: admits requests, lets the device run, collects what has finished.
+
+    engine = RolloutEngine(graphdef(model_config), schema, EngineConfig(context_len=256))
+    rollouts = engine.generate(params, requests)
+
+Decoding, spawning and joining happen inside one jitted loop (`tw_jax.rollout.advance`). Its shapes
+depend on the `EngineConfig` alone, so after the first `generate` nothing is compiled again,
+whatever the requests ask for.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tw_jax.errors import UserError
+from tw_jax.kernels.slot_attention import slot_layout
+from tw_jax.models import Params, Qwen3Config, check_positions
+from tw_jax.rollout.admit import Harvest, admission, admit, harvest
+from tw_jax.rollout.advance import MAX_IDLE_STEPS, advance
+from tw_jax.rollout.assemble import FinishedText, assemble
+from tw_jax.rollout.outlines import outline_alphabet
+from tw_jax.rollout.request import Request
+from tw_jax.rollout.rollout import Rollout
+from tw_jax.rollout.sampling import BLOCK_STRIDE
+from tw_jax.rollout.state import FINISHED, EngineState, Program, new_state
+from tw_jax.trajectory.schema import Schema
+
+OnFinish = Callable[[int, Rollout], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine; everything that is compiled depends on these alone.
+
+    Attributes:
+      context_len: positions of a row: prompt and response together never get longer.
+      rows: batch rows, each a slot of the key/value cache. Every active request holds one; the
+        rest run threads.
+      requests: most rollouts that run at once. One row is always kept for threads, so with
+        `requests == rows` one fewer runs.
+      max_threads: most threads of a block.
+      max_blocks: most parallel blocks of a rollout.
+      max_number_digits: most tokens of an outline's number; longer ones are no numbers.
+      prefill_rows: rows that are fed a chunk of known tokens in one step.
+      prefill_chunk: tokens of such a chunk.
+      steps_per_dispatch: most steps before the host looks for finished rollouts.
+      deterministic: make log-probabilities, not only tokens, independent of what else is in the
+        batch, to the last bit: known tokens go through the prefill lane only, threads join all at
+        once, and attention always reads the whole context. Slower.
+    """
+
+    context_len: int
+    rows: int = 128
+    requests: int = 64
+    max_threads: int = 8
+    max_blocks: int = 16
+    max_number_digits: int = 2
+    prefill_rows: int = 4
+    prefill_chunk: int = 16
+    steps_per_dispatch: int = 64
+    deterministic: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "deterministic" and value < 1:
+                raise UserError(f"engine.{field.name}={value}: must be at least 1")
+        if self.rows < self.requests:
+            raise UserError(
+                f"engine.rows={self.rows} is less than engine.requests={self.requests}: every "
+                "active request holds a row; raise rows or lower requests"
+            )
+        if self.prefill_rows > self.rows:
+            raise UserError(
+                f"engine.prefill_rows={self.prefill_rows} is more than engine.rows={self.rows}"
+            )
+        if self.prefill_chunk > self.context_len:
+            raise UserError(
+                f"engine.prefill_chunk={self.prefill_chunk} is more than "
+                f"engine.context_len={self.context_len}"
+            )
+        if self.max_threads >= BLOCK_STRIDE:
+            raise UserError(f"engine.max_threads={self.max_threads}: must be below {BLOCK_STRIDE}")
+
+
+class RolloutEngine:
+    """Samples rollouts; see the module docstring."""
+
+    def __init__(self, graphdef: nnx.GraphDef, schema: Schema, config: EngineConfig) -> None:
+        """Prepares the jitted programs; nothing is compiled or allocated yet.
+
+        Args:
+          graphdef: static half of the model, `tw_jax.models.graphdef(model_config)`.
+          schema: the language of parallel thought; its join rule must be "reencode".
+          config: sizes.
+
+        Raises:
+          UserError: schema, model and sizes do not fit each other.
+        """
+        self.config, self.schema = config, schema
+        self._graphdef = graphdef
+        self._model_config = _model_config(graphdef)
+        _check_fit(self._model_config, schema, config)
+        self._program = _program(self._model_config, schema, config)
+        self._state: EngineState | None = None
+        program = self._program
+
+        def run(params: Params, state: EngineState, max_steps, max_finished):
+            model = nnx.merge(graphdef, params)
+            return advance(program, model, params, state, max_steps, max_finished)
+
+        self.advance = jax.jit(run, donate_argnums=1)
+        self._new_state = jax.jit(functools.partial(new_state, program))
+        self._admit = jax.jit(functools.partial(admit, program), donate_argnums=0)
+        self._harvest = jax.jit(functools.partial(harvest, program), donate_argnums=0)
+
+    def generate(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        *,
+        on_finish: OnFinish | None = None,
+    ) -> list[Rollout]:
+        """Samples one rollout per request.
+
+        Args:
+          params: the model's parameters.
+          requests: any number; those beyond `config.requests` enter as others finish.
+          on_finish: called with (index, rollout) as rollouts finish, in that order.
+
+        Returns:
+          Rollouts in the order of the requests.
+
+        Raises:
+          UserError: a request does not fit the engine; names it. Nothing was sampled then.
+          RuntimeError: the engine made no progress, which is a bug of ours.
+        """
+        for index, request in enumerate(requests):
+            _check_request(index, request, self.config, self._model_config)
+        run = _Run(self, requests, on_finish)
+        # The state is donated to every call: after a failure in between there is none.
+        state, self._state = self._state, None
+        run.state = self._new_state() if state is None else state
+        results = run.to_the_end(params)
+        self._state = run.state
+        return results
+
+
+class _Run:
+    """One call of `generate`: which request sits where."""
+
+    def __init__(
+        self, engine: RolloutEngine, requests: Sequence[Request], on_finish: OnFinish | None
+    ) -> None:
+        self.engine, self.requests, self.on_finish = engine, requests, on_finish
+        self.config, self.program = engine.config, engine._program
+        self.state: EngineState
+        self.queue = collections.deque(range(len(requests)))
+        self.running: dict[int, int] = {}  # request slot -> index of the request
+        self.results: dict[int, Rollout] = {}
+        self.free_rows = self.config.rows
+        self.first_step = 0
+        # A parent that waits for its threads holds a row: one row must be left for threads to run.
+        spawning = any(r.mode == "parallel" and r.sampling.max_threads > 1 for r in requests)
+        self.capacity = min(self.config.requests, self.config.rows - spawning)
+
+    def to_the_end(self, params: Params) -> list[Rollout]:
+        """Admits and collects until every request has its rollout."""
+        self.first_step = int(self.state.step)
+        while self.queue or self.running:
+            self._admit()
+            # With requests in the queue a finished rollout should make room soon; at the end only
+            # the callback waits for it.
+            max_finished = max(1, len(self.running) // 8) if self.queue else len(self.running)
+            self.state, status = self.engine.advance(
+                params, self.state, self.config.steps_per_dispatch, max_finished
+            )
+            self._collect(np.asarray(status))
+        return [self.results[index] for index in range(len(self.requests))]
+
+    def _admit(self) -> None:
+        slots = [slot for slot in range(self.config.requests) if slot not in self.running]
+        room = min(self.capacity - len(self.running), self.free_rows, len(self.queue))
+        arrivals = []
+        for slot in slots[:room]:
+            index = self.queue.popleft()
+            self.running[slot] = index
+            arrivals.append((slot, index, self.requests[index]))
+        if arrivals:
+            self.state = self.engine._admit(self.state, admission(self.program, arrivals))
+            self.free_rows -= len(arrivals)
+
+    def _collect(self, status: np.ndarray) -> None:
+        phase = status[: self.config.requests]
+        self.free_rows, step, idle_steps = (int(n) for n in status[self.config.requests :])
+        if idle_steps >= MAX_IDLE_STEPS:
+            raise RuntimeError(
+                f"the rollout engine made no progress at step {step}: {len(self.running)} active "
+                f"requests, {self.free_rows} of {self.config.rows} rows free. Please report this "
+                "with the engine's configuration; more rows may avoid it."
+            )
+        finished = np.flatnonzero(phase == FINISHED).tolist()
+        if not finished:
+            return
+        self.state, device_harvest = self.engine._harvest(self.state)
+        crop: Harvest = jax.device_get(device_harvest)
+        for slot in sorted(finished, key=self.running.__getitem__):
+            index = self.running.pop(slot)
+            rollout = assemble(self.requests[index], self._text(crop, slot), self.engine.schema)
+            self.results[index] = rollout
+            if self.on_finish is not None:
+                self.on_finish(index, rollout)
+
+    def _text(self, crop: Harvest, slot: int) -> FinishedText:
+        length, blocks = int(crop.length[slot]), int(crop.blocks[slot])
+        return FinishedText(
+            tokens=np.array(crop.tokens[slot, :length]),
+            logprobs=np.array(crop.logprobs[slot, :length]),
+            reason=int(crop.reason[slot]),
+            duplicates=int(crop.duplicates[slot]),
+            segments=np.asarray(crop.records.segments[slot]),
+            blocks=np.asarray(crop.records.blocks[slot, :blocks]),
+            threads=np.asarray(crop.records.threads[slot, :blocks]),
+            first_step=self.first_step,
+        )
+
+
+def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
+    """The configuration that the graph definition was made from."""
+    abstract = nnx.eval_shape(lambda: None)
+    del abstract
+    raise NotImplementedError(graphdef)
+
+
+def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None:
+    if schema.join_rule != "reencode" or schema.position_rule != "contiguous":
+        raise UserError(
+            f"the rollout engine joins by re-encoding; schema {schema.name!r} joins by "
+            f"{schema.join_rule!r} at {schema.position_rule!r} positions"
+        )
+    if not schema.fork_join.fork or not schema.fork_join.header_suffix:
+        raise UserError(f"schema {schema.name!r}: the fork and header texts must not be empty")
+    try:
+        check_positions(model, config.context_len)
+    except ValueError as error:
+        raise UserError(f"engine.context_len={config.context_len}: {error}") from error
+    largest = max(len(schema.classes.tag), int(schema.tag_ids.max()) + 1, schema.eos_id + 1)
+    if largest > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {largest} tokens, the model only {model.vocab_size}: resize the "
+            "model's embeddings or take the tokenizer it was trained with"
+        )
+
+
+def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Program:
+    layout = slot_layout(model.num_hidden_layers, config.rows, config.context_len)
+    # Buckets of a quarter, a half, three quarters and all of the context.
+    buckets = {-(-layout.blocks * quarter // 4) for quarter in (1, 2, 3, 4)}
+    return Program(
+        layout=layout,
+        kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        dtype=np.dtype(model.compute_dtype) if model.compute_dtype != "bfloat16" else "bfloat16",
+        vocab=model.vocab_size,
+        requests=config.requests,
+        context_len=config.context_len,
+        max_threads=config.max_threads,
+        max_digits=config.max_number_digits,
+        max_blocks=config.max_blocks,
+        prefill_rows=config.prefill_rows,
+        prefill_chunk=config.prefill_chunk,
+        prefill_min=1,
+        block_buckets=(layout.blocks,) if config.deterministic else tuple(sorted(buckets)),
+        deterministic=config.deterministic,
+        unrolled=jax.default_backend() == "cpu",
+        tokens=schema.fork_join,
+        eos_id=schema.eos_id,
+        alphabet=outline_alphabet(schema, model.vocab_size),
+    )
+
+
+def _check_request(index: int, request: Request, config: EngineConfig, model: Qwen3Config) -> None:
+    """Refuses a request that the engine cannot serve as asked."""
+    sampling, name = request.sampling, f"request {index}"
+    prompt_len, prefix_len = len(request.prompt), len(request.forced_prefix)
+    known = [*map(int, request.prompt), *request.forced_prefix]
+    if prompt_len == 0:
+        raise UserError(f"{name}: the prompt is empty; begin it with a token such as <bos>")
+    if not 0 <= min(known) <= max(known) < model.vocab_size:
+        raise UserError(f"{name}: token ids must lie in 0..{model.vocab_size - 1}")
+    if prompt_len + prefix_len >= config.context_len:
+        raise UserError(
+            f"{name}: a prompt of {prompt_len} and a forced prefix of {prefix_len} tokens leave no "
+            f"room in engine.context_len={config.context_len}: shorten them or raise it"
+        )
+    if prefix_len >= sampling.max_response_tokens:
+        raise UserError(
+            f"{name}: its forced prefix of {prefix_len} tokens spends the budget of "
+            f"max_response_tokens={sampling.max_response_tokens}"
+        )
+    for field in ("max_threads", "max_blocks"):
+        asked, held = getattr(sampling, field), getattr(config, field)
+        if not 1 <= asked <= held:
+            raise UserError(
+                f"{name}: sampling.{field}={asked} must lie in 1..{held}; engine.{field} sets the "
+                "upper end"
+            )
+    if sampling.max_thread_tokens < 1:
+        raise UserError(f"{name}: sampling.max_thread_tokens must be at least 1")
+    if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
+        raise UserError(f"{name}: sampling.temperature={sampling.temperature} must be >= 0")
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise UserError(f"{name}: sampling.top_k must be >= 0 and 0 < top_p <= 1")
+    if not 0 <= request.seed < 2**64:
+        raise UserError(f"{name}: seed={request.seed} must lie in 0..2**64 - 1")
+    if request.mode not in ("parallel", "sequential"):
+        raise UserError(f"{name}: mode={request.mode!r} must be 'parallel' or 'sequential'")
+    if request.mode == "parallel" and sampling.max_threads > 1 and config.rows < 2:
+        raise UserError(f"{name}: threads need a row of their own: set engine.rows to at least 2")
