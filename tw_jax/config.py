@@ -288,8 +288,9 @@ def _nearest(key: str, here: Sequence[str], root: type) -> str:
 
 
 def _describe(cls: type, base: Any, prefix: str) -> Iterator[HelpRow]:
-    for name, field in fields_of(cls).items():
-        key, default = f"{prefix}{name}", field.default(base)
+    # Plain fields first, so that none of them seems to belong to a section before it.
+    for field in sorted(fields_of(cls).values(), key=lambda field: field.section is not None):
+        key, default = f"{prefix}{field.name}", field.default(base)
         if field.section and default is not None:
             shown = ""
         else:

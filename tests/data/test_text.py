@@ -62,7 +62,7 @@ def decoded(tokenizer: Any, ids: np.ndarray) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=texts)
 def test_user_text_is_plain_and_comes_back(tokenizer: Any, text: str) -> None:
     ids = encode_user_text(tokenizer, text)
@@ -71,7 +71,7 @@ def test_user_text_is_plain_and_comes_back(tokenizer: Any, text: str) -> None:
     assert decoded(tokenizer, ids) == represented(tokenizer, text)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=texts)
 def test_a_prompt_is_the_leading_tokens_and_the_user_text(tokenizer: Any, text: str) -> None:
     ids = encode_prompt(tokenizer, text)
@@ -80,7 +80,7 @@ def test_a_prompt_is_the_leading_tokens_and_the_user_text(tokenizer: Any, text: 
     assert ids.tolist() == leading + encode_user_text(tokenizer, text).tolist()
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.one_of(st.text(max_size=40), texts))
 def test_text_without_control_tokens_is_encoded_as_the_tokenizer_does(
     tokenizer: Any, text: str
@@ -91,7 +91,7 @@ def test_text_without_control_tokens_is_encoded_as_the_tokenizer_does(
     assert encode_prompt(tokenizer, text).tolist() == tokenizer(text).input_ids
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(parts=st.lists(pieces, max_size=8))
 def test_response_tags_become_control_tokens(tokenizer: Any, parts: list[str]) -> None:
     text = "".join(parts)

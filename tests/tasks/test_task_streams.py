@@ -212,8 +212,8 @@ def test_an_empty_split_is_a_user_error_not_an_endless_search() -> None:
 @by_name
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_generation_keeps_up_with_training(task: Task, split: Split) -> None:
-    # Measured about 12,000 to 34,000 a second on one core; training eats a few hundred.
+    # Measured 12,000 to 34,000 a second on one quiet core; training eats a few hundred.
     start = time.process_time()
     for index in range(2000):
         task.problem(split, index, 0)
-    assert 2000 / (time.process_time() - start) > 3000
+    assert 2000 / (time.process_time() - start) > 1000

@@ -24,10 +24,10 @@ from tw_jax.evals.metrics import (
     summarize,
     token_latency_speedup,
 )
-from tw_jax.evals.problems import record_rollout, request_seed, style_request
+from tw_jax.evals.problems import record_rollout, style_request
 from tw_jax.evals.wall_clock import measure_wall_clock, wall_clock_engines
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
-from tw_jax.rollout.request import SamplingParams
+from tw_jax.rollout.request import SamplingParams, sampling_seed
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Split, Task
@@ -64,7 +64,7 @@ class EvalConfig:
     styles: tuple[Style, ...] = ("sequential", "parallel", "free")
     sampling: SamplingParams = SamplingParams()
     seed: int = 0
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EngineConfig(context_len=1024)
     wall_clock_problems: int = 0
     wall_clock_repeats: int = 3
     output: str | None = None
@@ -118,7 +118,7 @@ def evaluate(
     problems = [task.problem(split, index, seed) for index in range(count)]
     requests = [
         style_request(
-            tokenizer, schema, task, problem, style, sampling, request_seed(seed, index, sample)
+            tokenizer, schema, task, problem, style, sampling, sampling_seed(seed, index, sample)
         )
         for index, problem in enumerate(problems)
         for sample in range(samples_per_problem)
@@ -153,7 +153,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     model = load_run(config.checkpoint, config.step)
     task = make_task(config.task)
     engine = RolloutEngine(model.graphdef, model.schema, config.engine)
-    records = {
+    records: dict[Style, list[RolloutRecord]] = {
         style: evaluate(
             engine,
             model.params,
@@ -176,7 +176,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     wall_clock = None
     if config.wall_clock_problems:
         wall_clock = measure_wall_clock(
-            wall_clock_engines(model, config.engine),
+            wall_clock_engines(model, config.engine, config.sampling),
             model.params,
             model.schema,
             model.tokenizer,

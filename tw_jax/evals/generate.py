@@ -13,8 +13,8 @@ from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
 from tw_jax.evals.evaluate import write_json_lines
 from tw_jax.evals.metrics import Style
-from tw_jax.evals.problems import request_seed, style_request
-from tw_jax.evals.sample import decode_text, sample_from_rollout
+from tw_jax.evals.problems import style_request
+from tw_jax.evals.sample import decode_text, printable, sample_from_rollout
 from tw_jax.rewards.grading import grade
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import Request, SamplingParams
@@ -55,7 +55,7 @@ class GenerateConfig:
     style: Style = "free"
     sampling: SamplingParams = SamplingParams()
     seed: int = 0
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EngineConfig(context_len=1024)
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ def run_generate(config: GenerateConfig) -> list[dict[str, Any]]:
     if not config.prompts:
         problems = [task.problem(config.split, i, config.seed) for i in range(config.count)]
     requests = [
-        _request(config, model, index, problem, request_seed(config.seed, index, sample))
+        _request(config, model, index, problem, sampling_seed(config.seed, index, sample))
         for index, problem in enumerate(problems)
         for sample in range(config.samples_per_prompt)
     ]
@@ -107,18 +107,16 @@ def run_generate(config: GenerateConfig) -> list[dict[str, Any]]:
 
 
 def print_sample(console: rich.console.Console, sample: Mapping[str, Any]) -> None:
-    """Prints one sample of `tw_jax.evals.sample`: what is sequential in full width, threads beside
-    each other, the longest one in colour.
-    """
-    console.print(rich.text.Text(_shown(sample["prompt"]), style="bold"))
+    """Prints one sample of `tw_jax.evals.sample`: threads side by side, the longest in colour."""
+    console.print(rich.text.Text(printable(sample["prompt"]), style="bold"))
     for part in sample["parts"]:
         if part["kind"] == "segment":
             text = part["text"].strip()
             if text:
-                console.print(rich.text.Text(_shown(text)))
+                console.print(rich.text.Text(printable(text)))
             continue
         outlines = "   ".join(f"{o['number']}: {o['text']}" for o in part["outlines"])
-        console.print(rich.text.Text(_shown(outlines), style="dim"))
+        console.print(rich.text.Text(printable(outlines), style="dim"))
         if part["threads"]:
             console.print(_threads(part["threads"]))
     mark = {True: ", correct", False: ", wrong", None: ""}[sample["correct"]]
@@ -141,20 +139,13 @@ def _threads(threads: Sequence[Mapping[str, Any]]) -> rich.table.Table:
             title += " · cut off"
         panels.append(
             rich.panel.Panel(
-                rich.text.Text(_shown(thread["text"]), overflow="fold"),
-                title=rich.text.Text(_shown(title)),
+                rich.text.Text(printable(thread["text"]), overflow="fold"),
+                title=rich.text.Text(printable(title)),
                 border_style="yellow" if thread["critical"] else "dim",
             )
         )
     row.add_row(*panels)
     return row
-
-
-def _shown(text: str) -> str:
-    """Text that cannot steer the terminal: control characters are escaped, line breaks stay."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def _request(

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from tw_jax.data.text import encode_prompt, encode_response
 from tw_jax.evals.metrics import RolloutRecord, Style
 from tw_jax.rewards.grading import grade
@@ -36,11 +34,6 @@ def style_request(
         mode="sequential" if style == "sequential" else "parallel",
         forced_prefix=prefix,
     )
-
-
-def request_seed(seed: int, problem: int, sample: int) -> int:
-    """A 32-bit sampling seed that depends on its arguments alone."""
-    return int(np.random.SeedSequence((seed, problem, sample)).generate_state(1)[0])
 
 
 def record_rollout(

@@ -58,6 +58,16 @@ def decode_text(tokenizer: TextDecoder, tokens: Int32[np.ndarray, "n"]) -> str:
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
 
+def printable(text: str) -> str:
+    """Text that can steer neither terminal nor page; line breaks stay.
+
+    Control, direction and other invisible characters are written as escapes.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def sample_from_rollout(
     rollout: Rollout,
     tokenizer: TextDecoder,

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from tw_jax.evals.metrics import RolloutRecord, Speedup, Style, wall_clock_speedup
-from tw_jax.evals.problems import record_rollout, request_seed, style_request
+from tw_jax.evals.problems import record_rollout, style_request
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
-from tw_jax.rollout.request import SamplingParams
+from tw_jax.rollout.request import SamplingParams, sampling_seed
 from tw_jax.tasks.task import Split, Task
 from tw_jax.train.run_dir import LoadedModel
 from tw_jax.trajectory.schema import Schema
@@ -45,16 +45,20 @@ class WallClock:
 
 
 def wall_clock_engines(
-    model: LoadedModel, config: EngineConfig
+    model: LoadedModel, config: EngineConfig, sampling: SamplingParams
 ) -> tuple[RolloutEngine, RolloutEngine]:
-    """The smallest engines that run one problem: a single row, and one row per thread.
+    """The smallest engines that run one problem: a single row, and a row for each thread.
 
     A sequential baseline in a batch with idle rows would be slowed down for nothing.
     """
     one = dataclasses.replace(config, requests=1, rows=1, max_threads=1, prefill_rows=1)
-    rows = config.max_threads
+    rows = max(2, sampling.max_threads)
     many = dataclasses.replace(
-        config, requests=1, rows=rows, prefill_rows=min(config.prefill_rows, rows)
+        config,
+        requests=1,
+        rows=rows,
+        max_threads=sampling.max_threads,
+        prefill_rows=min(config.prefill_rows, rows),
     )
     return (
         RolloutEngine(model.graphdef, model.schema, one),
@@ -101,7 +105,7 @@ def measure_wall_clock(
             problem = task.problem(split, index, seed)
             request = style_request(
                 tokenizer, schema, task, problem, style, style_sampling,
-                request_seed(seed, index, 0),
+                sampling_seed(seed, index, 0),
             )  # fmt: skip
             if index == 0:
                 engine.generate(params, [request])  # compiles

@@ -38,9 +38,7 @@ def tree_attention_xla(
     q = jnp.pad(q, padding).reshape(rows, -1, plan.q_tile, kv_heads, group, dim)
     q = q.transpose(0, 1, 3, 4, 2, 5).reshape(-1, kv_heads, group * plan.q_tile, dim)
     k, v = (
-        jnp.pad(x, padding)
-        .reshape(-1, plan.k_tile, kv_heads, dim)
-        .transpose(0, 2, 1, 3)
+        jnp.pad(x, padding).reshape(-1, plan.k_tile, kv_heads, dim).transpose(0, 2, 1, 3)
         for x in (k, v)
     )
     end = pad_tokens(visible_end, plan.padded_len).reshape(-1, plan.k_tile)
@@ -56,16 +54,12 @@ def tree_attention_xla(
 
 def _block(array: Array, index: Int32[Array, ""]) -> Array:
     """`array[index]` for an index known to be in range."""
-    return jax.lax.dynamic_index_in_dim(
-        array, index, keepdims=False, allow_negative_indices=False
-    )
+    return jax.lax.dynamic_index_in_dim(array, index, keepdims=False, allow_negative_indices=False)
 
 
 def _with_block(array: Array, index: Int32[Array, ""], block: Array) -> Array:
     """`array` with `block` in place `index`; in place when the array is a loop's state."""
-    return jax.lax.dynamic_update_index_in_dim(
-        array, block, index, 0, allow_negative_indices=False
-    )
+    return jax.lax.dynamic_update_index_in_dim(array, block, index, 0, allow_negative_indices=False)
 
 
 def _tile_mask(end, bounds, plan: TilePlan, q_block, k_block, group: int) -> Bool[Array, "1 gq k"]:

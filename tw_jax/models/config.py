@@ -82,9 +82,10 @@ def check_positions(config: Qwen3Config, positions: int | np.ndarray) -> None:
         return
     else:
         first, last = int(np.min(positions)), int(np.max(positions))
-    if first < 0 or last >= config.max_position_embeddings:
+    limit = config.max_position_embeddings
+    if first < 0 or last >= limit:
         raise ValueError(
-            f"positions {first}..{last} leave the model's range 0..{config.max_position_embeddings - 1}: "
+            f"positions {first}..{last} leave the model's range 0..{limit - 1}: "
             "shorten the sequence or raise max_position_embeddings"
         )
 

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -56,7 +57,9 @@ class Attend(Protocol):
         ...
 
 
-def matmul(x: Float[Array, "*b inner"], kernel: Float[Array, "inner out"]) -> Float[Array, "*b out"]:
+def matmul(
+    x: Float[Array, "*b inner"], kernel: Float[Array, "inner out"]
+) -> Float[Array, "*b out"]:
     """`x @ kernel` in x's dtype, accumulated in float32.
 
     The float32 accumulator is asked for explicitly: on CPU a bfloat16 result would make XLA

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -233,9 +234,10 @@ class _Run:
 
 def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
     """The configuration that the graph definition was made from."""
-    abstract = nnx.eval_shape(lambda: None)
-    del abstract
-    raise NotImplementedError(graphdef)
+    for name, attribute in graphdef.attributes:
+        if name == "config" and isinstance(config := getattr(attribute, "value", None), Qwen3Config):
+            return config
+    raise UserError("graphdef holds no Qwen3Config: make it with tw_jax.models.graphdef(config)")
 
 
 def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None:
@@ -266,7 +268,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         layout=layout,
         kv_heads=model.num_key_value_heads,
         head_dim=model.head_dim,
-        dtype=np.dtype(model.compute_dtype) if model.compute_dtype != "bfloat16" else "bfloat16",
+        dtype=jnp.dtype(model.compute_dtype),
         vocab=model.vocab_size,
         requests=config.requests,
         context_len=config.context_len,

@@ -49,3 +49,8 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     mode: Mode = "parallel"
     forced_prefix: tuple[int, ...] = ()
+
+
+def sampling_seed(*key: int) -> int:
+    """A 32-bit seed for a `Request` that depends on the given integers alone."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -13,6 +13,7 @@ closing tag still fits, and the rollout ends there; what ran later is dropped. S
 same whatever ran first.
 """
 
+import functools
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -93,7 +94,8 @@ def join_threads(program: Program, state: EngineState) -> EngineState:
         closing = state.threads.next_join[slot] > state.threads.count[slot]
         over = _next_join_end(program, state)[slot] > state.requests.limit[slot]
         event = jnp.where(over, 2, jnp.where(closing, 1, 0))
-        return lax.switch(event, [_join_thread, _close_block, _end_in_block], program, state, slot)
+        events = [functools.partial(f, program) for f in (_join_thread, _close_block, _end_in_block)]
+        return lax.switch(event, events, state, slot)
 
     # The cache takes no part: kept out of the loop, it cannot be copied by it.
     cache = state.cache

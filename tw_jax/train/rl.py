@@ -23,7 +23,7 @@ from tw_jax.errors import UserError
 from tw_jax.rewards.grading import Graded, grade
 from tw_jax.rewards.reward import RewardConfig, RolloutFacts, reward_terms
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
-from tw_jax.rollout.request import Request, SamplingParams
+from tw_jax.rollout.request import Request, SamplingParams, sampling_seed
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Task
@@ -85,7 +85,7 @@ class RLConfig:
     updates_per_step: int = 1
     task: TaskConfig = TaskConfig()
     sampling: SamplingParams = SamplingParams()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = EngineConfig(context_len=512)
     reward: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -203,11 +203,6 @@ def run_rl(config: RLConfig) -> RLResult:
     )
 
 
-def rollout_seed(*key: int) -> int:
-    """A 32-bit sampling seed that depends on the key alone."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
 def _sample(
     config: RLConfig,
     model: LoadedModel,
@@ -224,7 +219,7 @@ def _sample(
     requests = [
         Request(
             prompt=encode_prompt(model.tokenizer, problem.prompt),
-            seed=rollout_seed(config.seed, step, p, k),
+            seed=sampling_seed(config.seed, step, p, k),
             sampling=config.sampling,
         )
         for p, problem in enumerate(problems)

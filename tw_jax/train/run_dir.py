@@ -12,6 +12,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from tw_jax.config import to_yaml
@@ -19,7 +21,8 @@ from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS, Qwen3Config
 from tw_jax.tasks.character_tokenizer import TOKENIZER_DIR, load_tokenizer
-from tw_jax.train.checkpoint import restore_params
+from tw_jax.train.checkpoint import Checkpointer, restore_params
+from tw_jax.train.state import init_train_state
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.schemas import make_schema
 
@@ -114,6 +117,21 @@ def prepare_run_dir(run_dir: str | pathlib.Path, config: Any, tokenizer: Any) ->
 def checkpoint_meta(config: Qwen3Config, schema: Schema, **extra: Any) -> dict[str, Any]:
     """What every checkpoint says of its model, so that `load_run` needs nothing else."""
     return {"model": dataclasses.asdict(config), "schema": schema.name, **extra}
+
+
+def save_model(run_dir: str | pathlib.Path, model: LoadedModel, params: qwen3.Params) -> None:
+    """Saves parameters alone as a run of one checkpoint, for `load_run` and `init_from`.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    path = pathlib.Path(run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    model.tokenizer.save_pretrained(str(path / "tokenizer"))
+    state = init_train_state(params, optax.identity())
+    state = dataclasses.replace(state, step=jnp.asarray(model.step, jnp.int32))
+    with Checkpointer(checkpoints_dir(path), keep=1) as checkpointer:
+        checkpointer.save(model.step, state, meta=checkpoint_meta(model.config, model.schema))
 
 
 def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedModel:

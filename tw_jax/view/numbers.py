@@ -1,5 +1,6 @@
 """Reading numbers out of a summary, and writing them the way people write numbers."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,11 +19,11 @@ def lookup(tree: Any, path: str) -> Any:
 
 
 def value_of(tree: Any, path: str) -> float | None:
-    """A number under dotted keys; of a mapping there (a `Speedup`), its entry "mean"."""
+    """A finite number under dotted keys; of a mapping there (a `Speedup`), its entry "mean"."""
     found = lookup(tree, path)
     if isinstance(found, Mapping):
         found = found.get("mean")
-    return float(found) if isinstance(found, int | float) else None
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 def interval_of(tree: Any, path: str) -> Interval | None:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from tw_jax.errors import UserError
+from tw_jax.evals.sample import printable
 from tw_jax.evals.sample import sample_from_rollout as sample_from_rollout
 from tw_jax.view import charts
 from tw_jax.view.numbers import interval_of, number, percent, value_of
@@ -20,6 +21,7 @@ from tw_jax.view.story import before_after_rows, headline_tiles, run_facts
 from tw_jax.view.svg import Labels
 from tw_jax.view.verdict import rl_verdict
 
+_JSON_NAMES = {str: "string", list: "array", dict: "object"}
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 # Plotted policies: label, key of the summary, colour class, marker.
@@ -62,7 +64,8 @@ class ReportData:
 
     def to_json(self) -> dict[str, Any]:
         """The data as a JSON object, for `report.json`."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
     def from_json(cls, fields: Any, origin: str = "report data") -> "ReportData":
@@ -78,6 +81,14 @@ class ReportData:
         if unknown or "title" not in fields:
             problem = f"unknown key {unknown[0]!r}" if unknown else "the key 'title' is missing"
             raise UserError(f"{origin}: {problem}; known keys: {', '.join(sorted(known))}")
+        for name, value in fields.items():
+            wanted = str if name in ("title", "config_yaml") else list
+            wanted = dict if name in ("summary", "curves") else wanted
+            if not isinstance(value, wanted):
+                raise UserError(
+                    f"{origin}: {name!r} must be a JSON {_JSON_NAMES[wanted]}, "
+                    f"not {type(value).__name__}"
+                )
         return cls(**fields)
 
 
@@ -143,13 +154,6 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(render_report(data), encoding="utf-8")
     unfinished.replace(path)
-
-
-def printable(text: str) -> str:
-    """Text with control, direction and other invisible characters escaped; line breaks stay."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 @dataclasses.dataclass(frozen=True)
