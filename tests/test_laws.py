@@ -29,6 +29,7 @@ GRAPHDEF = qwen3.graphdef(CONFIG)
 # Larger matrices than at initialisation: attention that is nearly uniform would hide mask errors.
 PARAMS = jax.tree.map(lambda p: p * 3 if p.ndim > 2 else p, qwen3.init_params(CONFIG, 7))
 ROW_LEN, ROWS, LONGEST = 512, 2, 384
+DEFAULT_WEIGHTS = LossWeights()
 LIMITS = {"max_blocks": 2, "max_threads": 3}
 SMALL = settings(max_examples=12)
 
@@ -86,7 +87,7 @@ def draw_tries(data, tokenizer, schema, count):
     return trajectories, [schema.forest([trajectory]) for trajectory in trajectories]
 
 
-def pack(tries, order, weights=LossWeights(), row_len=ROW_LEN, min_rows=ROWS):
+def pack(tries, order, weights=DEFAULT_WEIGHTS, row_len=ROW_LEN, min_rows=ROWS):
     rows = best_fit_rows([len(tries[i]) for i in order], row_len)
     laid = [
         [WeightedTrie(tries[order[i]], weights.of(tries[order[i]])) for i in row] for row in rows
@@ -209,7 +210,9 @@ def test_law_5_packing_padding_and_micro_batches_change_nothing(data, tokenizer,
 
 def test_weights_follow_kinds(tokenizer, schema):
     weights = LossWeights(sampled=1.0, joined=0.25, forced=0.125)
-    text = "q<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>\n"
+    text = (
+        "q<Parallel>\n<Outlines>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Outlines>\n"
+    )
     text += "<Thread>\n1: x\n</Thread><Thread>\n2: y\n</Thread>\n</Parallel>"
     ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32)
     trie = schema.forest([schema.parse(ids, 1)])

@@ -110,9 +110,7 @@ class _Quickstart:
     def __init__(self, config: QuickstartConfig) -> None:
         self.config = config
         self.root = pathlib.Path(config.run_dir)
-        self.sft = dataclasses.replace(
-            config.sft, run_dir=str(self.root / "sft"), seed=config.seed
-        )
+        self.sft = dataclasses.replace(config.sft, run_dir=str(self.root / "sft"), seed=config.seed)
         self.rl = dataclasses.replace(
             config.rl,
             run_dir=str(self.root / "rl"),
@@ -186,7 +184,9 @@ class _Quickstart:
                     model, model.params, style, greedy, self.config.measure.greedy_problems
                 )
         speedup = token_latency_speedup(records["sequential"], records["parallel"])
-        result: dict[str, Any] = {style: summarize(found).to_json() for style, found in records.items()}
+        result: dict[str, Any] = {
+            style: summarize(found).to_json() for style, found in records.items()
+        }
         details = speedup.to_json()
         result["token_latency_speedup"] = details.pop("mean")
         details.pop("per_problem")
@@ -203,7 +203,7 @@ class _Quickstart:
     def _measure_wall_clock(self, model: LoadedModel) -> dict[str, Any]:
         greedy = dataclasses.replace(self.config.rl.sampling, temperature=0.0)
         timed = measure_wall_clock(
-            wall_clock_engines(model, self.config.rl.engine),
+            wall_clock_engines(model, self.config.rl.engine, greedy),
             model.params,
             model.schema,
             model.tokenizer,

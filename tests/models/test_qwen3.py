@@ -78,15 +78,16 @@ def test_scan_unroll_and_separate_layers_agree():
 def test_remat_changes_no_gradient():
     params, tokens = seeded_params(SMALL), case_tokens(SMALL, row_len=8)
 
-    def loss(params, **options):
-        return jnp.mean(forward(SMALL, params, tokens, **options) ** 2)
+    @jax.jit
+    def gradients(params):
+        def loss(params, **options):
+            return jnp.mean(forward(SMALL, params, tokens, **options) ** 2)
 
-    def gradient(**options):
-        return jax.jit(jax.grad(lambda p: loss(p, **options)))(params)
+        options = ({}, {"remat": True}, {"remat": True, "unroll": True})
+        return [jax.grad(lambda p, o=o: loss(p, **o))(params) for o in options]
 
-    expected = gradient()
-    for unroll in (False, True):
-        actual = gradient(remat=True, unroll=unroll)
+    expected, *others = gradients(params)
+    for actual in others:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
         )
@@ -94,11 +95,14 @@ def test_remat_changes_no_gradient():
 
 def test_the_carry_passes_through_every_layer():
     params, tokens = seeded_params(SMALL), case_tokens(SMALL)
-    model = nnx.merge(graphdef(SMALL), params)
+    start = jnp.zeros((), jnp.int32)
+
+    def last_carry(params, unroll):
+        model = nnx.merge(graphdef(SMALL), params)
+        return model.hidden_states(tokens, tokens, causal, start, unroll=unroll)[1]
+
     for unroll in (False, True):
-        _, carry = model.hidden_states(
-            tokens, np.zeros_like(tokens), causal, jnp.zeros((), jnp.int32), unroll=unroll
-        )
+        carry = jax.jit(last_carry, static_argnums=1)(params, unroll)
         assert carry == sum(range(SMALL.num_hidden_layers))
 
 
@@ -119,9 +123,9 @@ def test_bfloat16_computes_close_to_float32():
     config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
     params, tokens = seeded_params(SMALL), case_tokens(SMALL)
     model = nnx.merge(graphdef(config), params)
-    hidden, _ = model.hidden_states(tokens, np.zeros_like(tokens), causal)
+    hidden, _ = jax.eval_shape(lambda: model.hidden_states(tokens, tokens, causal))
     assert hidden.dtype == jnp.bfloat16
-    logits, exact = forward(config, params, tokens), forward(SMALL, params, tokens)
+    logits, exact = (jax.jit(lambda p, c=c: forward(c, p, tokens))(params) for c in (config, SMALL))
     assert logits.dtype == jnp.float32
     assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 

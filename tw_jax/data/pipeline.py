@@ -21,7 +21,7 @@ class RandomAccess(Protocol):
         """Number of items."""
         ...
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int, /) -> Any:
         """Item at an index."""
         ...
 

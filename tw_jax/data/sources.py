@@ -33,7 +33,8 @@ class TaskTrajectories:
     ) -> None:
         """Item i is problem i of the split, in a style drawn from (seed, i) alone."""
         self._task, self._tokenizer, self._schema = task, tokenizer, schema
-        self._split, self._seed, self._parallel_share = split, seed, parallel_share
+        self._split: Split = split
+        self._seed, self._parallel_share = seed, parallel_share
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -46,7 +47,7 @@ class TaskTrajectories:
     def longest_trie_len(self) -> int:
         """Tokens of the longest trie that an item can give."""
         problem = self._task.longest_problem()
-        styles: tuple[Style, ...] = ("sequential", "parallel")
+        styles: tuple[Style, Style] = ("sequential", "parallel")
         tries = [self._schema.forest([self._trajectory(problem, style)]) for style in styles]
         return max(len(trie) for trie in tries)
 

@@ -223,7 +223,7 @@ def write_json_lines(path: str | os.PathLike[str], values: Sequence[Any]) -> Non
         raise UserError(f"output {path}: cannot write ({error.strerror})") from error
 
 
-def _summary_table(summaries: Mapping[Style, StyleSummary]) -> rich.table.Table:
+def _summary_table(summaries: Mapping[str, StyleSummary]) -> rich.table.Table:
     table = rich.table.Table(box=None, pad_edge=False)
     table.add_column("style")
     for name in ("accuracy", "95% interval", "critical path", "total tokens",

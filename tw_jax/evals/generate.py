@@ -17,7 +17,7 @@ from tw_jax.evals.problems import style_request
 from tw_jax.evals.sample import decode_text, printable, sample_from_rollout
 from tw_jax.rewards.grading import grade
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
-from tw_jax.rollout.request import Request, SamplingParams
+from tw_jax.rollout.request import Request, SamplingParams, sampling_seed
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Problem, Split

@@ -303,11 +303,11 @@ def graphdef(config: Qwen3Config) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0))))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config: Qwen3Config, key: Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(Qwen3(config, nnx.Rngs(params=key))))
+
+
 def init_params(config: Qwen3Config, seed: int) -> Params:
     """Fresh parameters: matrices from `normal(initializer_range)`, norm scales one."""
-
-    @jax.jit
-    def init(key):
-        return nnx.to_pure_dict(nnx.state(Qwen3(config, nnx.Rngs(params=key))))
-
-    return init(jax.random.key(seed))
+    return _init(config, jax.random.key(seed))

@@ -11,10 +11,12 @@ from tw_jax.trajectory.trajectory import Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """Attributes:
-    answer: what the response states after its last parallel block, None if nothing.
-    correct: the answer equals the problem's.
-    format_valid: every parallel block parses strictly.
+    """How a rollout was judged.
+
+    Attributes:
+      answer: what the response states after its last parallel block, None if nothing.
+      correct: the answer equals the problem's.
+      format_valid: every parallel block parses strictly.
     """
 
     answer: str | None
@@ -27,9 +29,7 @@ def response_text(rollout: Rollout, tokenizer: Any) -> str:
     return tokenizer.decode(rollout.response, skip_special_tokens=False)
 
 
-def grade(
-    rollout: Rollout, problem: Problem, task: Task, tokenizer: Any, schema: Schema
-) -> Graded:
+def grade(rollout: Rollout, problem: Problem, task: Task, tokenizer: Any, schema: Schema) -> Graded:
     """Grades by exact match of the answer stated behind the last parallel block."""
     trajectory = rollout.trajectory
     start = trajectory.blocks[-1].end if trajectory.blocks else trajectory.prompt_len

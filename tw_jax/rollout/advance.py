@@ -44,11 +44,14 @@ MAX_IDLE_STEPS = 3
 
 
 class _Network:
-    """The model with its weights laid out for decoding, outside the loop."""
+    """The model with its weights laid out for decoding, outside the loop.
 
-    def __init__(self, model: Qwen3, params: Params, program: Program) -> None:
-        self.model, self.program = model, program
-        self.layers = unstack_layers(params) if program.unrolled else None
+    Layers are unrolled everywhere: a scan over them would slice weights and cache in every step.
+    """
+
+    def __init__(self, model: Qwen3, params: Params) -> None:
+        self.model = model
+        self.layers = unstack_layers(params)
         self.head = head_matrix(params)
 
     def hidden_states(self, tokens, positions, attend, cache: SlotCache):
@@ -74,7 +77,7 @@ def advance(
       The state, and all that the host must read back: the phase of every request slot, the number
       of free rows, the step counter, and the idle steps at the end.
     """
-    network = _Network(model, params, program)
+    network = _Network(model, params)
     last = state.step + max_steps
 
     def running(state: EngineState) -> Bool[Array, ""]:
@@ -108,11 +111,12 @@ def _step(program: Program, network: _Network, state: EngineState) -> EngineStat
 
 
 def _by_length(program: Program, length: Int32[Array, ""], attend):
-    """Runs `attend(blocks)` with the least bucket of cache blocks that holds `length` positions."""
-    buckets = program.block_buckets
-    ends = jnp.array(buckets[:-1], jnp.int32) * program.layout.block_len
-    branches = [functools.partial(attend, blocks) for blocks in buckets]
-    return lax.switch((length > ends).sum(), branches)
+    """Runs `attend(blocks)` with the least number of cache blocks that holds `length` positions."""
+    layout = program.layout
+    if program.deterministic:  # sums of another length may round differently
+        return attend(layout.blocks)
+    branches = [functools.partial(attend, blocks + 1) for blocks in range(layout.blocks)]
+    return lax.switch((length - 1) // layout.block_len, branches)
 
 
 def _prefill_lane(program: Program, network: _Network, state: EngineState) -> EngineState:
@@ -133,12 +137,10 @@ def _prefill_lane(program: Program, network: _Network, state: EngineState) -> En
         lane_rows = jnp.broadcast_to(row[:, None], positions.shape)
 
         def attend(q, k, v, layer, cache):
-            cache = write_tokens(
-                cache, program.layout, layer, lane_rows, positions, valid, k, v
-            )
+            cache = write_tokens(cache, layer, lane_rows, positions, valid, k, v)
 
             def over(blocks: int):
-                return attend_chunks(q, cache, program.layout, layer, row, positions, blocks)
+                return attend_chunks(q, cache, layer, row, positions, blocks)
 
             return _by_length(program, end, over), cache
 
@@ -174,10 +176,10 @@ def _decode_lane(
     end = jnp.where(feeds, positions, 0).max() + 1
 
     def attend(q, k, v, layer, cache):
-        cache = write_tokens(cache, program.layout, layer, all_rows, positions, feeds, k, v)
+        cache = write_tokens(cache, layer, all_rows, positions, feeds, k, v)
 
         def over(blocks: int):
-            return attend_rows(q, cache, program.layout, layer, positions, blocks)
+            return attend_rows(q, cache, layer, positions, blocks)
 
         return _by_length(program, end, over), cache
 

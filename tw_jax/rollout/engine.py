@@ -56,7 +56,7 @@ class EngineConfig:
         once, and attention always reads the whole context. Slower.
     """
 
-    context_len: int
+    context_len: int = 512
     rows: int = 128
     requests: int = 64
     max_threads: int = 8
@@ -262,8 +262,6 @@ def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None
 
 def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Program:
     layout = slot_layout(model.num_hidden_layers, config.rows, config.context_len)
-    # Buckets of a quarter, a half, three quarters and all of the context.
-    buckets = {-(-layout.blocks * quarter // 4) for quarter in (1, 2, 3, 4)}
     return Program(
         layout=layout,
         kv_heads=model.num_key_value_heads,
@@ -277,10 +275,8 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         max_blocks=config.max_blocks,
         prefill_rows=config.prefill_rows,
         prefill_chunk=config.prefill_chunk,
-        prefill_min=1,
-        block_buckets=(layout.blocks,) if config.deterministic else tuple(sorted(buckets)),
+        prefill_min=int(__import__("os").environ.get("PMIN","1")),
         deterministic=config.deterministic,
-        unrolled=jax.default_backend() == "cpu",
         tokens=schema.fork_join,
         eos_id=schema.eos_id,
         alphabet=outline_alphabet(schema, model.vocab_size),

@@ -14,6 +14,7 @@ same whatever ran first.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -87,21 +88,35 @@ def block_fits(program: Program, state: EngineState) -> Bool[Array, "requests"]:
 
 
 def join_threads(program: Program, state: EngineState) -> EngineState:
-    """Joins every thread whose turn it is, and closes blocks whose threads have all joined."""
-
-    def body(state):
-        slot = jnp.argmax(_joinable(program, state))
-        closing = state.threads.next_join[slot] > state.threads.count[slot]
-        over = _next_join_end(program, state)[slot] > state.requests.limit[slot]
-        event = jnp.where(over, 2, jnp.where(closing, 1, 0))
-        events = [functools.partial(f, program) for f in (_join_thread, _close_block, _end_in_block)]
-        return lax.switch(event, events, state, slot)
-
-    # The cache takes no part: kept out of the loop, it cannot be copied by it.
+    """Joins every thread whose turn it is, closes blocks whose threads have all joined, and ends
+    rollouts that have no room for what would be joined next."""
+    # The cache takes no part: kept out of the loops, it cannot be copied by them.
     cache = state.cache
     state = replace(state, cache=None)
-    state = lax.while_loop(lambda state: _joinable(program, state).any(), body, state)
+    # Joining can make a block ready to close, closing makes nothing ready: one pass is enough.
+    for ready, event in ((_ready_to_join, _join_thread), (_ready_to_close, _close_block)):
+        state = _while_any(functools.partial(ready, program), functools.partial(event, program), state)
+    over = (state.requests.phase == THREADS) & _over(program, state)
+    if program.deterministic:
+        over &= _all_ended(program, state)
+    # The open block counts: its threads joined so far are part of the result.
+    requests = state.requests
+    state = replace(state, requests=replace(requests, block=requests.block + over))
+    state = finish_requests(state, over, requests.limit_reason)
     return replace(state, cache=cache)
+
+
+def _while_any(
+    ready: Callable[[EngineState], Bool[Array, "requests"]],
+    event: Callable[[EngineState, Scalar], EngineState],
+    state: EngineState,
+) -> EngineState:
+    """Handles the event of one request after another until no request is ready for it."""
+    return lax.while_loop(
+        lambda state: ready(state).any(),
+        lambda state: event(state, jnp.argmax(ready(state))),
+        state,
+    )
 
 
 def spawn_threads(program: Program, state: EngineState) -> EngineState:
@@ -205,7 +220,7 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
     area = slot * program.max_threads + ordinal - 1
     return replace(
         state,
-        cache=copy_slot(state.cache, program.layout, state.requests.row[slot], row),
+        cache=copy_slot(state.cache, state.requests.row[slot], row),
         tokens=lax.dynamic_update_slice(state.tokens, header[None], (area, fork_at)),
         rows=state.rows.put(
             row,
@@ -236,22 +251,36 @@ def _next_join_end(program: Program, state: EngineState) -> Int32[Array, "reques
     return jnp.where(threads.next_join == 1, 0, end)
 
 
-def _joinable(program: Program, state: EngineState) -> Bool[Array, "requests"]:
-    """Requests in which something can be joined or closed now, or the rollout ends for want of room."""
+def _over(program: Program, state: EngineState) -> Bool[Array, "requests"]:
+    """Whether there is no room for what would be joined next, however far that is."""
+    return _next_join_end(program, state) > state.requests.limit
+
+
+def _all_ended(program: Program, state: EngineState) -> Bool[Array, "requests"]:
+    """Whether every thread that can run at all has ended."""
     threads = state.threads
-    ended = threads.outcome[:, :, REASON] != RUNNING
+    last = jnp.where(_next_spawn_fits(program, state), threads.count, threads.next_spawn - 1)
     ordinal = jnp.arange(1, program.max_threads + 1)[None]
-    closing = threads.next_join > threads.count
+    ended = threads.outcome[:, :, REASON] != RUNNING
+    return (ended | (ordinal > last[:, None])).all(axis=1)
+
+
+def _ready_to_join(program: Program, state: EngineState) -> Bool[Array, "requests"]:
+    """Requests whose next thread in order has ended and fits."""
+    threads = state.threads
+    ordinal = jnp.arange(1, program.max_threads + 1)[None]
+    turn = (ordinal == threads.next_join[:, None]) & (ordinal <= threads.count[:, None])
+    ready = (turn & (threads.outcome[:, :, REASON] != RUNNING)).any(axis=1)
     if program.deterministic:
-        # Joined at once, so that the cache is filled in the same pieces whatever ran first.
-        last = jnp.where(
-            _next_spawn_fits(program, state), threads.count, threads.next_spawn - 1
-        )
-        ready = closing | (ended | (ordinal > last[:, None])).all(axis=1)
-    else:
-        over = _next_join_end(program, state) > state.requests.limit
-        ready = closing | over | (ended & (ordinal == threads.next_join[:, None])).any(axis=1)
-    return (state.requests.phase == THREADS) & ready
+        # Joined all at once, so that the cache is filled in the same pieces whatever ran first.
+        ready &= _all_ended(program, state)
+    return (state.requests.phase == THREADS) & ready & ~_over(program, state)
+
+
+def _ready_to_close(program: Program, state: EngineState) -> Bool[Array, "requests"]:
+    """Requests whose threads have all joined."""
+    closing = state.threads.next_join > state.threads.count
+    return (state.requests.phase == THREADS) & closing & ~_over(program, state)
 
 
 def _join_thread(program: Program, state: EngineState, slot: Scalar) -> EngineState:
@@ -301,16 +330,6 @@ def _join_thread(program: Program, state: EngineState, slot: Scalar) -> EngineSt
             blocks=state.records.blocks.at[slot, block].set(summary),
         ),
     )
-
-
-def _end_in_block(program: Program, state: EngineState, slot: Scalar) -> EngineState:
-    """Ends a rollout that has no room for what would be joined next."""
-    del program
-    ending = jnp.arange(len(state.requests.phase)) == slot
-    # The open block counts: its threads joined so far are part of the result.
-    block = state.requests.block.at[slot].add(1)
-    state = replace(state, requests=replace(state.requests, block=block))
-    return finish_requests(state, ending, state.requests.limit_reason)
 
 
 def _copy_text(

@@ -57,9 +57,7 @@ class Program:
       prefill_rows: rows that the prefill lane feeds at once.
       prefill_chunk: tokens it feeds per row.
       prefill_min: pending tokens below which the lane rests and rows feed them one by one.
-      block_buckets: leading cache blocks that attention may be cut down to, ascending.
       deterministic: see `EngineConfig.deterministic`.
-      unrolled: layers in a Python loop over each layer's own weights, else `lax.scan`.
       tokens: the schema's forced tokens and triggers.
       eos_id: end of text.
       alphabet: token classes for outline numbers.
@@ -78,9 +76,7 @@ class Program:
     prefill_rows: int
     prefill_chunk: int
     prefill_min: int
-    block_buckets: tuple[int, ...]
     deterministic: bool
-    unrolled: bool
     tokens: ForkJoinTokens
     eos_id: int
     alphabet: OutlineAlphabet

@@ -190,16 +190,13 @@ class Checkpointer:
         self.wait()
         abstract = _split(abstract_state)
 
-        def read(candidate: int) -> tuple[dict[str, Any], CheckpointRecord]:
-            return storage.read_step(
-                self._manager, self._directory, candidate, abstract, expected_meta or {}
-            )
-
-        (trees, record), damaged = storage.first_sound(self._manager, self._directory, step, read)
+        loaded, damaged = storage.load_sound_step(
+            self._directory, step, lambda record: abstract, expected_meta or {}
+        )
         storage.set_aside(self._manager, self._directory, damaged)
-        self._current = record.step
-        state = dataclasses.replace(trees[REST], params=trees[PARAMS])
-        return RestoredCheckpoint(state, record.own_data_state(), record.meta)
+        self._current = loaded.record.step
+        state = dataclasses.replace(loaded.trees[REST], params=loaded.trees[PARAMS])
+        return RestoredCheckpoint(state, loaded.record.own_data_state(), loaded.record.meta)
 
     def close(self) -> None:
         """Finishes what is being written.
@@ -275,20 +272,12 @@ def restore_params(
     Raises:
       UserError: there is no sound checkpoint, or its parameters have other shapes.
     """
-    path = storage.absolute(directory)
-    manager = storage.open_for_reading(path)
 
-    def read(candidate: int) -> tuple[dict[str, Any], CheckpointRecord]:
-        wanted = abstract_params
-        if wanted is None:
-            wanted = storage.abstract_params(storage.read_record(manager, candidate))
-        return storage.read_step(manager, path, candidate, {PARAMS: wanted}, {})
+    def abstract(record: CheckpointRecord) -> dict[str, Any]:
+        return {PARAMS: abstract_params or storage.abstract_params(record)}
 
-    try:
-        (trees, record), _ = storage.first_sound(manager, path, step, read)
-    finally:
-        manager.close()
-    return RestoredParams(trees[PARAMS], record.meta, record.step)
+    loaded, _ = storage.load_sound_step(storage.absolute(directory), step, abstract, {})
+    return RestoredParams(loaded.trees[PARAMS], loaded.record.meta, loaded.record.step)
 
 
 def _split(state: TrainState) -> dict[str, Any]:

@@ -1,10 +1,16 @@
 """How checkpoints lie on disk: orbax managers, reading one step, and what failures mean."""
 
+import contextlib
+import dataclasses
 import errno
+import gc
+import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -38,21 +44,22 @@ def absolute(directory: str | os.PathLike[str]) -> epath.Path:
 def open_for_writing(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
     """A manager that saves in the background and keeps the newest `keep` steps.
 
-    Removes what interrupted saves left behind.
+    Removes what interrupted saves left behind, so nothing else may be saving there.
 
     Raises:
       UserError: the directory cannot be created or written.
     """
     options = ocp.CheckpointManagerOptions(
         create=True,
-        cleanup_tmp_directories=True,
         preservation_policy=ocp.checkpoint_managers.preservation_policy.LatestN(keep),
         step_format_fixed_length=8,  # so that listings sort by step
         save_root_metadata=False,
         enable_async_checkpointing=True,
     )
     try:
-        return ocp.CheckpointManager(directory, options=options)
+        manager = ocp.CheckpointManager(directory, options=options)
+        _remove_leftovers(directory)
+        return manager
     except OSError as error:
         raise UserError(
             f"cannot write checkpoints to {directory}: {error.strerror or error}; choose a "
@@ -63,6 +70,9 @@ def open_for_writing(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
 def open_for_reading(directory: epath.Path) -> ocp.CheckpointManager:
     """A manager that writes nothing, so it is safe beside a run that is saving.
 
+    Each process reads on its own: orbax's barrier after a read would never be reached by a process
+    that found its part damaged.
+
     Raises:
       UserError: there is no such directory.
     """
@@ -70,10 +80,12 @@ def open_for_reading(directory: epath.Path) -> ocp.CheckpointManager:
         raise UserError(_nothing_at(directory, "there is no such directory"))
     options = ocp.CheckpointManagerOptions(
         create=False,
-        read_only=True,
         step_format_fixed_length=8,
         save_root_metadata=False,
         enable_async_checkpointing=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        ),
     )
     return ocp.CheckpointManager(directory, options=options)
 
@@ -87,81 +99,60 @@ def start_save(
     manager.save(record.step, args=ocp.args.Composite(**items), force=True)
 
 
-def read_record(manager: ocp.CheckpointManager, step: int) -> CheckpointRecord:
-    """Reads what a step says about itself; whatever exception that raises means damage."""
-    restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-    record = CheckpointRecord.from_json(restored[_RECORD])
-    if record.step != step:
-        raise CorruptCheckpoint(f"its record is of step {record.step}")
-    return record
+@dataclasses.dataclass(frozen=True)
+class LoadedStep:
+    """Some trees of a step and its record."""
+
+    trees: dict[str, Any]
+    record: CheckpointRecord
 
 
-def read_step(
-    manager: ocp.CheckpointManager,
-    directory: epath.Path,
-    step: int,
-    abstract: Mapping[str, Any],
-    expected_meta: Mapping[str, Any],
-) -> tuple[dict[str, Any], CheckpointRecord]:
-    """Reads some trees of a step, checks first that they fit and then that they are sound.
-
-    Raises:
-      UserError: the checkpoint is of another model, optimizer or setting.
-      Exception: anything else means damage, mostly.
-    """
-    record = read_record(manager, step)
-    where = f"the checkpoint of step {step} in {directory}"
-    check_fits(record, flatten_by_path(abstract), expected_meta, where)
-    items = {
-        name: ocp.args.StandardRestore(jax.tree.map(_target, tree))
-        for name, tree in abstract.items()
-    }
-    restored = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
-    check_content(record, flatten_by_path(restored))
-    return restored, record
-
-
-def first_sound(
-    manager: ocp.CheckpointManager,
+def load_sound_step(
     directory: epath.Path,
     step: int | None,
-    read: Callable[[int], T],
-) -> tuple[T, list[int]]:
-    """Reads the named step, or the newest that reads well.
+    abstract: Callable[[CheckpointRecord], Mapping[str, Any]],
+    expected_meta: Mapping[str, Any],
+) -> tuple[LoadedStep, list[int]]:
+    """Loads and verifies the named step, or the newest that is sound.
 
-    In a run of several processes a step counts as sound if it reads well in all of them.
+    In a run of several processes a step counts as sound if it is so in all of them.
 
     Args:
-      manager: lists the steps.
-      directory: for messages.
-      step: the step to read; None for the newest sound one.
-      read: reads one step.
+      directory: where the steps lie.
+      step: the step to load; None for the newest sound one.
+      abstract: from a step's record to the trees to load, by name: shapes, dtypes, shardings.
+      expected_meta: see `check_fits`.
 
     Returns:
-      What `read` returned, and the newer steps that are damaged, which are logged.
+      What was loaded, and the newer steps that are damaged, which are logged.
 
     Raises:
-      UserError: there is no such step, or none is sound.
+      UserError: there is no such step, none is sound, or it is of another model, optimizer or
+        setting.
     """
-    steps = sorted(manager.all_steps(), reverse=True)
-    if not steps:
-        raise UserError(_nothing_at(directory, "it holds no complete checkpoint"))
-    if step is not None and step not in steps:
-        raise UserError(
-            f"there is no checkpoint of step {step} in {directory}; there are steps "
-            f"{_listed(steps)}"
-        )
-    causes: dict[int, str] = {}
-    for candidate in steps if step is None else [step]:
-        result, cause = _attempt(read, candidate)
-        if _everywhere(cause is None) and cause is None:
-            for bad in causes:
-                _logger.warning(
-                    f"the checkpoint of step {bad} in {directory} is damaged ({causes[bad]}); "
-                    f"using step {candidate} instead"
-                )
-            return result, list(causes)
-        causes[candidate] = cause or "another process could not read it"
+    manager = open_for_reading(directory)
+    try:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
+            raise UserError(_nothing_at(directory, "it holds no complete checkpoint"))
+        if step is not None and step not in steps:
+            raise UserError(
+                f"there is no checkpoint of step {step} in {directory}; there are steps "
+                f"{_listed(steps)}"
+            )
+        causes: dict[int, str] = {}
+        for candidate in steps if step is None else [step]:
+            loaded, cause = _load(manager, directory, candidate, abstract, expected_meta)
+            if loaded is not None:
+                for bad in causes:
+                    _logger.warning(
+                        f"the checkpoint of step {bad} in {directory} is damaged ({causes[bad]}); "
+                        f"using step {candidate} instead"
+                    )
+                return loaded, list(causes)
+            causes[candidate] = cause
+    finally:
+        manager.close()
     told = "; ".join(f"step {bad}: {cause}" for bad, cause in causes.items())
     others = [other for other in steps if other not in causes]
     remedy = (
@@ -183,8 +174,7 @@ def set_aside(manager: ocp.CheckpointManager, directory: epath.Path, damaged: li
                 if target.exists():
                     target.rmtree()
                 path.rename(target)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    _meet("damaged checkpoints set aside")
     manager.reload()
 
 
@@ -219,27 +209,103 @@ def is_no_background_traceback(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _attempt(read: Callable[[int], T], step: int) -> tuple[Any, str | None]:
-    """The result and None, or None and why the step is damaged."""
+def _load(
+    manager: ocp.CheckpointManager,
+    directory: epath.Path,
+    step: int,
+    abstract: Callable[[CheckpointRecord], Mapping[str, Any]],
+    expected_meta: Mapping[str, Any],
+) -> tuple[LoadedStep | None, str]:
+    """A sound step and "", or None and why it is damaged.
+
+    Raises:
+      UserError: the checkpoint is of another model, optimizer or setting.
+    """
+
+    def load() -> LoadedStep:
+        record = _read_record(manager, step)
+        trees = abstract(record)
+        where = f"the checkpoint of step {step} in {directory}"
+        check_fits(record, flatten_by_path(trees), expected_meta, where)
+        items = {
+            name: ocp.args.StandardRestore(jax.tree.map(_target, tree))
+            for name, tree in trees.items()
+        }
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+        return LoadedStep(dict(restored.items()), record)
+
+    with _no_dump_of_abandoned_reads():
+        loaded, cause = _attempt(load)
+        if loaded is None:
+            gc.collect()  # of abandoned reads, here where they are hushed
+            return None, cause
+    # Sums over arrays of several processes need all of them here, hence a second attempt.
+    _, cause = _attempt(lambda: check_content(loaded.record, flatten_by_path(loaded.trees)))
+    return (None, cause) if cause else (loaded, "")
+
+
+def _read_record(manager: ocp.CheckpointManager, step: int) -> CheckpointRecord:
+    restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+    record = CheckpointRecord.from_json(restored[_RECORD])
+    if record.step != step:
+        raise CorruptCheckpoint(f"its record is of step {record.step}")
+    return record
+
+
+@contextlib.contextmanager
+def _no_dump_of_abandoned_reads() -> Iterator[None]:
+    """Hushes orbax's coroutines: after a failed read the rest die noisily, pages on stderr each."""
+    before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if not inspect.iscoroutine(unraisable.object):
+            before(unraisable)
+
+    sys.unraisablehook = hook
     try:
-        return read(step), None
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """Its result and ""; or, if it failed in any process, None and why."""
+    result, cause = None, ""
+    try:
+        result = action()
     except (UserError, MemoryError, PermissionError):
         raise
+    except CorruptCheckpoint as error:
+        cause = str(error)
     except Exception as error:  # files cut short or altered fail in countless ways
         if re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error)):
             raise  # another checkpoint would not cure that
-        if isinstance(error, CorruptCheckpoint):
-            return None, str(error)
         lines = str(error).strip().splitlines() or [""]
         text = lines[0].partition(" See full TensorStore")[0]
-        return None, f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"
+        cause = f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '...'}"
+    if jax.process_count() > 1:
+        failed = np.any(multihost_utils.process_allgather(np.bool_(cause != "")))
+        cause = cause or ("another process could not read it" if failed else "")
+    return (None if cause else result), cause
 
 
-def _everywhere(ok: bool) -> bool:
-    """True if every process says so: all must restore the same step."""
-    if jax.process_count() == 1:
-        return ok
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))
+def _remove_leftovers(directory: epath.Path) -> None:
+    """Removes unfinished saves; threads of one that failed may still be writing a moment longer."""
+    if jax.process_index() == 0:
+        for _ in range(20):
+            leftovers = list(directory.glob("*.orbax-checkpoint-tmp*"))
+            for path in leftovers:
+                with contextlib.suppress(OSError):
+                    path.rmtree()
+            if not leftovers:
+                break
+            time.sleep(0.05)
+    _meet("leftovers of checkpoints removed")
+
+
+def _meet(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -86,13 +86,13 @@ def group_advantages(
         std = np.asarray(rewards, np.float64).std()
     else:
         std = np.ones(())
-    scaled = np.divide(centred, std, out=np.zeros_like(centred), where=np.broadcast_to(std > 0, centred.shape))
+    scaled = np.divide(
+        centred, std, out=np.zeros_like(centred), where=np.broadcast_to(std > 0, centred.shape)
+    )
     return scaled.astype(np.float32)
 
 
-def token_weights(
-    unit_lens: Sequence[int], aggregation: Aggregation
-) -> list[float]:
+def token_weights(unit_lens: Sequence[int], aggregation: Aggregation) -> list[float]:
     """Loss weight of each sampled token of a rollout, per unit.
 
     Dividing the weighted sum by the sum of all weights gives the aggregation over the batch.

@@ -85,7 +85,7 @@ class RLConfig:
     updates_per_step: int = 1
     task: TaskConfig = TaskConfig()
     sampling: SamplingParams = SamplingParams()
-    engine: EngineConfig = EngineConfig(context_len=512)
+    engine: EngineConfig = EngineConfig()
     reward: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -213,8 +213,7 @@ def _sample(
 ) -> tuple[list[Rollout], list[Graded]]:
     """Rollouts of one step, prompt by prompt, graded as they finish."""
     problems = [
-        task.problem("train", step * config.prompts + i, config.seed)
-        for i in range(config.prompts)
+        task.problem("train", step * config.prompts + i, config.seed) for i in range(config.prompts)
     ]
     requests = [
         Request(
@@ -256,7 +255,9 @@ def _micro_batches(
     groups = np.array_split(np.arange(config.prompts), config.updates_per_step)
     updates = []
     for members in groups:
-        forests = [f for p in members for f in _forests(config, model, rollouts, advantages, int(p))]
+        forests = [
+            f for p in members for f in _forests(config, model, rollouts, advantages, int(p))
+        ]
         rows = best_fit_rows([len(forest.trie) for forest in forests], config.row_len)
         rows += [[] for _ in range(-len(rows) % config.rows)]
         updates.append(

@@ -1,11 +1,11 @@
 """A run's folder: what it holds, and how a finished run becomes a model again.
 
-    runs/NAME/
-      config.yaml      the resolved configuration
-      tokenizer/       the tokenizer, as any Hugging Face tokenizer is stored
-      checkpoints/     orbax; each step holds model configuration, parameters and training state
-      metrics.jsonl    one line per logged step
-      tensorboard/     the same for TensorBoard
+runs/NAME/
+  config.yaml      the resolved configuration
+  tokenizer/       the tokenizer, as any Hugging Face tokenizer is stored
+  checkpoints/     orbax; each step holds model configuration, parameters and training state
+  metrics.jsonl    one line per logged step
+  tensorboard/     the same for TensorBoard
 """
 
 import dataclasses
@@ -142,7 +142,9 @@ def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedMode
     """
     path = pathlib.Path(run_dir)
     if not path.is_dir():
-        raise UserError(f"no run at {path}; train one first, e.g. `tw-jax sft` or `tw-jax quickstart`")
+        raise UserError(
+            f"no run at {path}; train one first, e.g. `tw-jax sft` or `tw-jax quickstart`"
+        )
     params, meta, loaded_step = restore_params(checkpoints_dir(path), step)
     config = Qwen3Config(**meta["model"])
     tokenizer = load_tokenizer(path / "tokenizer")

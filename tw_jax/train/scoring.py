@@ -44,6 +44,8 @@ def token_logprobs(
     Raises:
       ValueError: `head_chunk` is not positive.
     """
+    if head_chunk < 1:
+        raise ValueError(f"head_chunk={head_chunk}: must be at least 1")
     model: Qwen3 = nnx.merge(graphdef, params)
     hidden_intervals = None
     if batch.hidden_start.shape[0]:
@@ -75,8 +77,6 @@ def head_logprobs(
     Chunks are columns of the batch: the row axis stays whole, so that rows sharded over devices
     stay where they are. Chunked logits are recomputed in the backward pass.
     """
-    if head_chunk < 1:
-        raise ValueError(f"head_chunk={head_chunk}: must be at least 1")
     rows, row_len, width = hidden.shape
 
     def chunk_logprobs(hidden, targets):

@@ -15,15 +15,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.data.packing import LossWeights, WeightedTrie
-from tw_jax.data.pipeline import packed_batches
+from tw_jax.data.pipeline import RandomAccess, packed_batches
 from tw_jax.data.sources import TaskTrajectories, file_trajectories
 from tw_jax.errors import UserError
 from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.tasks.task import Split
 from tw_jax.train.checkpoint import Checkpointer
 from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -147,9 +150,8 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     began = time.monotonic()
     model = new_model(config.model, config.seed)
     run_dir = prepare_run_dir(config.run_dir, config, model.tokenizer)
-    to_trie = _trie_maker(config, model)
-    batches = iter(_training_batches(config, model, to_trie, run_dir))
-    heldout = _heldout_batches(config, model, to_trie, run_dir)
+    batches = iter(training_batches(config, model))
+    heldout = heldout_batches(config, model)
 
     optimizer = make_optimizer(config.optimizer, config.steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
@@ -183,13 +185,13 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
                     break  # the files are used up
                 state, sums = update(state, micro)
                 step += 1
-                progress.update(step, tokens=_useful_tokens(micro), metrics={})
+                progress.update(step, tokens=useful_tokens(micro), metrics={})
                 if step % config.log_every == 0 or step == config.steps:
                     metrics = {
                         "loss": float(sums["loss"]) / max(float(sums["weight"]), 1e-20),
                         "grad_norm": float(sums["grad_norm"]),
                         "skipped_updates": int(state.skipped_updates),
-                        "learning_rate": float(learning_rate(step - 1)),
+                        "learning_rate": float(jnp.asarray(learning_rate(step - 1))),
                         "tokens_per_s": progress.tokens_per_s,
                     }
                     progress.update(step, tokens=0, metrics={"loss": metrics["loss"]})
@@ -215,7 +217,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     )
 
 
-def _useful_tokens(batches: Sequence[PackedBatch]) -> int:
+def useful_tokens(batches: Sequence[PackedBatch]) -> int:
     """Tokens that are not padding: padding sees only itself and predicts itself."""
     own = np.arange(batches[0].row_len)
     padding = sum(
@@ -231,24 +233,50 @@ def _mean_loss(sums: Callable, params: Any, batches: Sequence[PackedBatch]) -> f
     return sum(float(t["loss"]) for t in totals) / max(weight, 1e-20)
 
 
-def _trie_maker(
-    config: SFTConfig, model: LoadedModel
-) -> Callable[[Trajectory], WeightedTrie]:
-    def to_trie(trajectory: Trajectory) -> WeightedTrie:
-        trie = model.schema.forest([trajectory])
-        return WeightedTrie(trie, config.data.loss.of(trie))
-
-    return to_trie
-
-
-def _training_batches(config: SFTConfig, model: LoadedModel, to_trie, run_dir: pathlib.Path):
+def training_batches(config: SFTConfig, model: LoadedModel) -> grain.IterDataset:
+    """The run's training data: its files in a new order each epoch, or the task's stream."""
     data = config.data
     if data.files:
-        source = file_trajectories(
-            data.files, model.tokenizer, model.schema, data.row_len, run_dir / "rejects.jsonl"
+        rejects = pathlib.Path(config.run_dir) / "rejects.jsonl"
+        source: RandomAccess = file_trajectories(
+            data.files, model.tokenizer, model.schema, data.row_len, rejects
         )
     else:
         source = _task_trajectories(config, model, "train")
+    epochs = data.epochs if data.files else None
+    return _packed(config, model, source, shuffle=bool(data.files), epochs=epochs)
+
+
+def heldout_batches(config: SFTConfig, model: LoadedModel) -> list[PackedBatch]:
+    """The fixed batches of the held-out loss; none where training files come without."""
+    data = config.data
+    if not data.heldout_batches or (data.files and not data.heldout_files):
+        return []
+    if data.heldout_files:
+        rejects = pathlib.Path(config.run_dir) / "heldout_rejects.jsonl"
+        source: RandomAccess = file_trajectories(
+            data.heldout_files, model.tokenizer, model.schema, data.row_len, rejects
+        )
+    else:
+        source = _task_trajectories(config, model, "heldout")
+    batches = _packed(config, model, source, shuffle=False, epochs=1)
+    return list(itertools.islice(batches, data.heldout_batches))
+
+
+def _packed(
+    config: SFTConfig,
+    model: LoadedModel,
+    source: RandomAccess,
+    *,
+    shuffle: bool,
+    epochs: int | None,
+) -> grain.IterDataset:
+    data = config.data
+
+    def to_trie(trajectory: Trajectory) -> WeightedTrie:
+        trie = model.schema.forest([trajectory])
+        return WeightedTrie(trie, data.loss.of(trie))
+
     return packed_batches(
         source,
         to_trie,
@@ -256,41 +284,12 @@ def _training_batches(config: SFTConfig, model: LoadedModel, to_trie, run_dir: p
         row_len=data.row_len,
         window=data.window,
         seed=config.seed,
-        shuffle=bool(data.files),
-        epochs=data.epochs if data.files else None,
+        shuffle=shuffle,
+        epochs=epochs,
     )
 
 
-def _heldout_batches(
-    config: SFTConfig, model: LoadedModel, to_trie, run_dir: pathlib.Path
-) -> list[PackedBatch]:
-    data = config.data
-    if not data.heldout_batches or (data.files and not data.heldout_files):
-        return []
-    if data.heldout_files:
-        source = file_trajectories(
-            data.heldout_files,
-            model.tokenizer,
-            model.schema,
-            data.row_len,
-            run_dir / "heldout_rejects.jsonl",
-        )
-    else:
-        source = _task_trajectories(config, model, "heldout")
-    batches = packed_batches(
-        source,
-        to_trie,
-        rows=data.rows,
-        row_len=data.row_len,
-        window=data.window,
-        seed=config.seed,
-        shuffle=False,
-        epochs=1,
-    )
-    return list(itertools.islice(batches, data.heldout_batches))
-
-
-def _task_trajectories(config: SFTConfig, model: LoadedModel, split) -> TaskTrajectories:
+def _task_trajectories(config: SFTConfig, model: LoadedModel, split: Split) -> TaskTrajectories:
     source = TaskTrajectories(
         make_task(config.task),
         model.tokenizer,

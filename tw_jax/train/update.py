@@ -56,9 +56,7 @@ def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig) -> SumLoss:
     return loss
 
 
-def policy_sum(
-    graphdef: nnx.GraphDef, objective: ObjectiveConfig, memory: MemoryConfig
-) -> SumLoss:
+def policy_sum(graphdef: nnx.GraphDef, objective: ObjectiveConfig, memory: MemoryConfig) -> SumLoss:
     """RL: sum of weighted policy losses, and how far sampler and trainer are apart."""
 
     def loss(params: Params, batch: PackedBatch):
@@ -67,9 +65,7 @@ def policy_sum(
         )
         sampled = batch.loss_weight > 0
         old = batch.sampler_logprob if batch.old_logprob is None else batch.old_logprob
-        per_token = policy_loss(
-            objective, logprob, old, batch.advantage, batch.reference_logprob
-        )
+        per_token = policy_loss(objective, logprob, old, batch.advantage, batch.reference_logprob)
         total = jnp.sum(jnp.where(sampled, batch.loss_weight * per_token, 0.0))
         apart = jnp.where(sampled, jnp.abs(logprob - batch.sampler_logprob), 0.0)
         sums = {

@@ -89,14 +89,45 @@ class ForkJoinTokens:
 class Schema(Protocol):
     """One language of parallel thought, bound to a tokenizer."""
 
-    name: str
-    tags: tuple[str, ...]
-    tag_ids: Int32[np.ndarray, "tags"]
-    eos_id: int
-    classes: TokenClasses
-    fork_join: ForkJoinTokens
-    join_rule: JoinRule
-    position_rule: PositionRule
+    @property
+    def name(self) -> str:
+        """Names the schema in configs and checkpoints."""
+        ...
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The control tags as text."""
+        ...
+
+    @property
+    def tag_ids(self) -> Int32[np.ndarray, "tags"]:
+        """Their ids."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-text token."""
+        ...
+
+    @property
+    def classes(self) -> TokenClasses:
+        """Per-id facts about the vocabulary."""
+        ...
+
+    @property
+    def fork_join(self) -> ForkJoinTokens:
+        """What the rollout engine must know."""
+        ...
+
+    @property
+    def join_rule(self) -> JoinRule:
+        """What a join does with the threads' tokens and KV."""
+        ...
+
+    @property
+    def position_rule(self) -> PositionRule:
+        """How positions run through threads and joins."""
+        ...
 
     def parse(
         self, tokens: Int32[np.ndarray, "len"], prompt_len: int = 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int8, Int32
@@ -43,10 +43,10 @@ class ThreadWeaverSchema:
     classes: TokenClasses
     fork_join: ForkJoinTokens
 
-    name: ClassVar[str] = "threadweaver"
-    tags: ClassVar[tuple[str, ...]] = THREADWEAVER_TAGS
-    join_rule: ClassVar[JoinRule] = "reencode"
-    position_rule: ClassVar[PositionRule] = "contiguous"
+    name: str = "threadweaver"
+    tags: tuple[str, ...] = THREADWEAVER_TAGS
+    join_rule: JoinRule = "reencode"
+    position_rule: PositionRule = "contiguous"
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "ThreadWeaverSchema":
@@ -115,14 +115,12 @@ class ThreadWeaverSchema:
             for ordinal, thread in enumerate(block.threads, start=1):
                 context = np.concatenate([shared, tokens[thread.start : thread.body]])
                 completion = np.concatenate(
-                    [tokens[thread.body : thread.sampled_end], np.int32(thread.replaced)]
-                ).astype(np.int32)
+                    [tokens[thread.body : thread.sampled_end], np.array(thread.replaced, np.int32)]
+                )
                 units.append(Unit("thread", index, ordinal, context, completion))
             start = block.join_end
         if start < len(tokens):
-            units.append(
-                Unit("segment", len(trajectory.blocks), 0, tokens[:start], tokens[start:])
-            )
+            units.append(Unit("segment", len(trajectory.blocks), 0, tokens[:start], tokens[start:]))
         return tuple(units)
 
     def forest(self, trajectories: Sequence[Trajectory]) -> Trie:

@@ -118,7 +118,9 @@ class _Cursor:
                 return text, index + 1
             elif not (self.classes.space[token] and not text):
                 break
-        raise _GrammarBreak(kind, start, "expected a number followed by ':' at the start of the item")
+        raise _GrammarBreak(
+            kind, start, "expected a number followed by ':' at the start of the item"
+        )
 
 
 def parse(

@@ -36,7 +36,9 @@ def token_classes(tokenizer: Any, tag_ids: Int32[np.ndarray, "tags"]) -> TokenCl
     tag: Int8[np.ndarray, "vocab"] = np.full(vocab, -1, np.int8)
     tag[tag_ids] = np.arange(len(tag_ids))
     return TokenClasses(
-        digit=np.array([int(p) if len(p) == 1 and p in "0123456789" else -1 for p in pieces], np.int8),
+        digit=np.array(
+            [int(p) if len(p) == 1 and p in "0123456789" else -1 for p in pieces], np.int8
+        ),
         dot=np.array([p == "." for p in pieces]),
         colon=np.array([p.startswith(":") for p in pieces]),
         space=np.array([p != "" and p.isspace() for p in pieces]),

@@ -18,6 +18,7 @@ MAX_LINE_POINTS = 400
 _MAX_MARKERS = 24
 
 Axis = Literal["linear", "share", "log"]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 # Estimates for placing labels: the style sheet's largest chart type is this wide and high.
 _CHARACTER_WIDTH, _LINE_HEIGHT = 8.0, 17.0
@@ -132,12 +133,16 @@ def scatter_chart(
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
     ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
     x_scale = linear_scale(xs, size.left + 10, size.width - size.right - 10, floor=0, target=4)
-    lowest = linear_scale(ys, 0, 1, include=(1.0,), floor=0, target=4).low
+    lowest = linear_scale(ys, 0, 1, include=(0.8, 1.0), floor=0, target=4).low
     y_scale = Scale(lowest, 1.0, size.height - size.bottom, size.top + 6)
     body = svg.axes(labels, size, x_scale, y_scale, number, percent)
+    drawn: list[Box] = []
     if arrow:
         tail, head = ((x_scale(points[i].x), y_scale(points[i].y)) for i in arrow)
         body += svg.arrow(tail, head)
+        for share in (0.1 * i for i in range(11)):
+            x, y = (a + share * (b - a) for a, b in zip(tail, head, strict=True))
+            drawn.append((x - 4, y - 4, x + 4, y + 4))
     for p in points:
         x, y = x_scale(p.x), y_scale(p.y)
         if p.y_interval:
@@ -148,7 +153,7 @@ def scatter_chart(
             body += svg.bar_with_caps(left, right, y, y, p.css)
         tip = f"{p.label}: accuracy {percent(p.y)}, {number(round(p.x, 1))} tokens"
         body += svg.marker(p.shape, x, y, p.css, tip, 6)
-    return svg.figure(labels, size, body + _point_labels(size, points, x_scale, y_scale))
+    return svg.figure(labels, size, body + _point_labels(size, points, x_scale, y_scale, drawn))
 
 
 def histogram(labels: svg.Labels, values: Sequence[float], mean: float) -> Markup:
@@ -292,10 +297,10 @@ def _legend(size: svg.Size, entries: Sequence[tuple[str, str]]) -> Markup:
 
 
 def _point_labels(
-    size: svg.Size, points: Sequence[Point], x_scale: Scale, y_scale: Scale
+    size: svg.Size, points: Sequence[Point], x_scale: Scale, y_scale: Scale, drawn: Sequence[Box]
 ) -> Markup:
-    """Writes each label where it covers no marker, no bar and no other label, if there is room."""
-    taken: list[tuple[float, float, float, float]] = []
+    """Writes each label where it covers nothing drawn and no other label, if there is room."""
+    taken = list(drawn)
     for p in points:
         x, y = x_scale(p.x), y_scale(p.y)
         taken.append((x - 9, y - 9, x + 9, y + 9))
@@ -323,7 +328,7 @@ def _point_labels(
                 box = (left, middle - _LINE_HEIGHT / 2, left + width, middle + _LINE_HEIGHT / 2)
                 outside = (
                     max(0, size.left - box[0]) + max(0, box[2] - size.width)
-                    + max(0, size.top - box[1]) + max(0, box[3] - (size.height - size.bottom))
+                    + max(0, size.top - 10 - box[1]) + max(0, box[3] - (size.height - size.bottom))
                 )  # fmt: skip
                 cost = 40 * outside + sum(_overlap(box, other) for other in taken) + abs(rise) / 10
                 choices.append((cost, box, css))
@@ -334,8 +339,8 @@ def _point_labels(
     return body
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Area shared by two boxes (left, top, right, bottom)."""
+def _overlap(a: Box, b: Box) -> float:
+    """Area shared by two boxes."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 

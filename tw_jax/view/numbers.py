@@ -6,7 +6,8 @@ from typing import Any
 
 from tw_jax.evals.metrics import Interval
 
-MINUS, TIMES, EN_DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+EN_DASH, ARROW = "\N{EN DASH}", "\N{THIN SPACE}\N{RIGHTWARDS ARROW}\N{THIN SPACE}"
 
 Formatter = Callable[[float], str]
 
@@ -19,10 +20,8 @@ def lookup(tree: Any, path: str) -> Any:
 
 
 def value_of(tree: Any, path: str) -> float | None:
-    """A finite number under dotted keys; of a mapping there (a `Speedup`), its entry "mean"."""
+    """A finite number under dotted keys, or None."""
     found = lookup(tree, path)
-    if isinstance(found, Mapping):
-        found = found.get("mean")
     return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 

@@ -5,6 +5,7 @@ escapes all text: what a model wrote is untrusted.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from tw_jax.errors import UserError
 from tw_jax.evals.sample import printable
 from tw_jax.evals.sample import sample_from_rollout as sample_from_rollout
 from tw_jax.view import charts
-from tw_jax.view.numbers import interval_of, number, percent, value_of
+from tw_jax.view.numbers import interval_of, lookup, number, percent, value_of
 from tw_jax.view.story import before_after_rows, headline_tiles, run_facts
 from tw_jax.view.svg import Labels
 from tw_jax.view.verdict import rl_verdict
@@ -24,12 +25,13 @@ from tw_jax.view.verdict import rl_verdict
 _JSON_NAMES = {str: "string", list: "array", dict: "object"}
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
-# Plotted policies: label, key of the summary, colour class, marker.
+# Plotted policies: label, keys of the summary of which the first that is there counts, colour
+# class, marker. With RL, all four are the model that RL improves, measured in the same way.
 _POLICIES = (
-    ("sequential", "sft.sequential", "c-sequential", "square"),
-    ("parallel", "sft.parallel", "c-parallel", "circle"),
-    ("free, before RL", "rl.before", "c-before", "ring"),
-    ("free, after RL", "rl.after", "c-after", "diamond"),
+    ("sequential", ("rl.before_sequential", "sft.sequential"), "c-sequential", "square"),
+    ("parallel", ("rl.before_parallel", "sft.parallel"), "c-parallel", "circle"),
+    ("free, before RL", ("rl.before",), "c-before", "ring"),
+    ("free, after RL", ("rl.after",), "c-after", "diamond"),
 )
 
 
@@ -40,14 +42,17 @@ class ReportData:
     Attributes:
       title: name of the run.
       summary: the run's `summary.json`. Keys that are shown, where a "style summary" is
-        `StyleSummary.to_json()` and a "speedup" is `Speedup.to_json()` or a bare number:
-        `sft.sequential`, `sft.parallel` (style summaries), `sft.token_latency_speedup` (speedup),
+        `StyleSummary.to_json()`: `sft.sequential`, `sft.parallel` (style summaries of the forced
+        styles), `sft.token_latency_speedup`, `sft.token_latency_speedup_details.interval`,
         `rl.before`, `rl.after` (style summaries of the free style), `rl.before_sequential`,
-        `rl.before_parallel`, `rl.after_sequential`, `rl.after_parallel` (style summaries of the
-        forced styles), `wall_clock_speedup` (speedup), `minutes`, `seed`, `logprob_max_abs_diff`.
+        `rl.before_parallel`, `rl.after_sequential`, `rl.after_parallel` (of the forced styles),
+        `rl.start_step` (SFT step that RL starts from), `wall_clock_speedup`,
+        `wall_clock.sequential.tokens_per_second`, `wall_clock.parallel.tokens_per_second`,
+        `minutes`, `seed`, `logprob_max_abs_diff`.
       curves: `{"sft": [...], "rl": [...]}`, each a list of rows in ascending "step". Read from
         SFT rows: "loss", "heldout_loss" (nats per token), "tokens_per_s"; from RL rows: "reward",
-        "accuracy", "activation_ratio", "critical_path" (tokens). A row may lack any of them.
+        "accuracy", "activation_ratio", "critical_path" (tokens). A row may lack any of them; null
+        is a value that was not finite. The lines of `metrics.jsonl` are such rows.
       points: policies of the accuracy-latency plot; see `points_from_summary`.
       speedups: per-problem ratio of sequential to parallel critical path.
       samples: results of `tw_jax.evals.sample.sample_from_rollout`.
@@ -96,13 +101,14 @@ def points_from_summary(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The policies of the accuracy-latency plot that a summary holds.
 
     Returns:
-      For each of sequential, parallel (after SFT, style forced), free before and after RL:
-      {"label", "color", "shape", "accuracy", "accuracy_interval", "critical_path",
-      "critical_path_interval"}; intervals are (low, high) or None. "color" is a class of the
-      report's style sheet, "shape" one of "square", "circle", "ring", "diamond".
+      For each of sequential, parallel (style forced; of the model that RL starts from, else after
+      SFT), free before and after RL: {"label", "color", "shape", "accuracy", "accuracy_interval",
+      "critical_path", "critical_path_interval"}; intervals are (low, high) or None. "color" is a
+      class of the report's style sheet, "shape" one of "square", "circle", "ring", "diamond".
     """
     points = []
-    for label, path, color, shape in _POLICIES:
+    for label, paths, color, shape in _POLICIES:
+        path = next((path for path in paths if lookup(summary, path)), paths[-1])
         accuracy = value_of(summary, f"{path}.accuracy")
         critical_path = value_of(summary, f"{path}.critical_path")
         if accuracy is not None and critical_path is not None:
@@ -139,6 +145,7 @@ def render_report(data: ReportData) -> str:
         tiles=headline_tiles(data.summary),
         facts=run_facts(data.summary),
         rows=before_after_rows(rl),
+        rl_start_step=value_of(rl, "start_step"),
         verdict=rl_verdict(rl),
         plots=[plot for plot in (_accuracy_latency(data), _speedups(data)) if plot],
         curves=_curves(data.curves),
@@ -171,7 +178,7 @@ def _accuracy_latency(data: ReportData) -> Figure | None:
         return None
     points = [
         charts.Point(
-            label=p["label"],
+            label=printable(p["label"]),
             css=p["color"],
             shape=p["shape"],
             x=p["critical_path"],
@@ -194,6 +201,8 @@ def _accuracy_latency(data: ReportData) -> Figure | None:
     )
     arrow = None if before is None or after is None else (before, after)
     caption = "Up and to the left is better. Bars are 95% bootstrap intervals over problems."
+    if before is not None:
+        caption += " Sequential and parallel: the model before RL with its style forced."
     return Figure(labels.title, charts.scatter_chart(labels, points, arrow), caption)
 
 
@@ -233,16 +242,18 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
     figures = []
     for stage, eyebrow, title, unit, lines in plans:
         rows = curves.get(stage, ())
+        # A row without the key did not measure it; null is a measurement that was not finite.
+        measured = [(line, [row for row in rows if line[1] in row]) for line in lines]
         series = [
             charts.Series(
                 name=name,
                 css=css,
-                x=[float(row["step"]) for row in rows],
-                y=[row.get(key) for row in rows],
+                x=[float(row["step"]) for row in found],
+                y=[row[key] for row in found],
                 smooth=key != "heldout_loss",
             )
-            for name, key, css in lines
-            if any(row.get(key) is not None for row in rows)
+            for (name, key, css), found in measured
+            if found
         ]
         if not series:
             continue
@@ -264,8 +275,9 @@ def _ends(series: Sequence[charts.Series], write: Any) -> str:
     """First and last value of every line, for those who cannot see the chart."""
     sentences = []
     for line in series:
-        present = [y for y in line.y if y is not None]
-        sentences.append(f"{line.name} from {write(present[0])} to {write(present[-1])}")
+        present = [y for y in line.y if y is not None and math.isfinite(y)]
+        if present:
+            sentences.append(f"{line.name} from {write(present[0])} to {write(present[-1])}")
     return "; ".join(sentences)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tw_jax.view.numbers import (
+    ARROW,
     EN_DASH,
     MINUS,
     TIMES,
@@ -60,8 +61,8 @@ def headline_tiles(summary: Mapping[str, Any]) -> list[Tile]:
         _latency_tile(summary),
         _accuracy_tile(summary),
         _critical_path_tile(summary),
-        _rl_share_tile(summary, "accuracy", "Accuracy after RL"),
-        _rl_share_tile(summary, "activation_ratio", "Thinks in parallel after RL"),
+        _rl_share_tile(summary, "accuracy", "Accuracy before and after RL"),
+        _rl_share_tile(summary, "activation_ratio", "Parallel share before and after RL"),
         _wall_clock_tile(summary),
     ]
     return [tile for tile in tiles if tile]
@@ -75,7 +76,7 @@ def _latency_tile(summary: Mapping[str, Any]) -> Tile | None:
     context = "critical path, sequential / parallel"
     if lengths:
         context = f"critical path {lengths[0]:,.0f} sequential, {lengths[1]:,.0f} parallel tokens"
-    interval = interval_of(summary, "sft.token_latency_speedup.interval")
+    interval = interval_of(summary, "sft.token_latency_speedup_details.interval")
     bounds = f"{interval[0]:.2f}{EN_DASH}{interval[1]:.2f}{TIMES}" if interval else ""
     return Tile("Token-latency speedup", f"{speedup:.2f}{TIMES}", context, bounds)
 
@@ -85,9 +86,9 @@ def _accuracy_tile(summary: Mapping[str, Any]) -> Tile | None:
     if parallel is None:
         return None
     sequential = value_of(summary, "sft.sequential.accuracy")
-    context = "after SFT"
+    context = "after SFT, style forced"
     if sequential is not None:
-        context += f"; thinking sequentially {percent(sequential)}"
+        context += f"; {percent(sequential)} sequentially"
     bounds = percent_range(interval_of(summary, "sft.parallel.accuracy_interval"))
     return Tile("Accuracy, thinking in parallel", percent(parallel), context, bounds)
 
@@ -106,8 +107,8 @@ def _rl_share_tile(summary: Mapping[str, Any], key: str, name: str) -> Tile | No
     if not shares:
         return None
     bounds = percent_range(interval_of(summary, f"rl.after.{key}_interval"))
-    context = f"{percent(shares[0])} before RL, style free"
-    return Tile(name, percent(shares[1]), context, bounds)
+    change = f"{percent(shares[0])[:-1]}{ARROW}{percent(shares[1])}"
+    return Tile(name, change, "style free; the interval is the one after RL", bounds)
 
 
 def _wall_clock_tile(summary: Mapping[str, Any]) -> Tile | None:
@@ -115,6 +116,11 @@ def _wall_clock_tile(summary: Mapping[str, Any]) -> Tile | None:
     if speedup is None:
         return None
     context = "seconds, sequential / parallel; batch 1 on this machine"
+    rates = pair_of(
+        summary, "wall_clock.sequential.tokens_per_second", "wall_clock.parallel.tokens_per_second"
+    )
+    if rates:
+        context += f", {rates[0]:,.0f} / {rates[1]:,.0f} tokens per second"
     return Tile("Wall-clock speedup", f"{speedup:.2f}{TIMES}", context)
 
 
