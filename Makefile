@@ -66,7 +66,7 @@ $(VENV)/.torch-tried: | $(VENV)/.installed-dev
 # --- what people ask for ------------------------------------------------------------------------
 
 quickstart: $(VENV)/.installed
-	@$(HUGE_PAGES) $(BIN)/tw-jax quickstart $(ARGS)
+	@$(HUGE_PAGES) $(CACHE) $(BIN)/tw-jax quickstart configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.torch-tried
 	@$(MAKE) lint types imports

@@ -22,12 +22,17 @@ from tw_jax.train.scoring import token_logprobs
 from tw_jax.train.update import MemoryConfig, nll_sum
 from tw_jax.trajectory.trie import TokenKind
 
+# Wide initial values: attention that is nearly uniform would hide mask errors.
 CONFIG = dataclasses.replace(
-    PRESETS["tiny"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16
+    PRESETS["tiny"],
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    head_dim=16,
+    initializer_range=0.1,
 )
 GRAPHDEF = qwen3.graphdef(CONFIG)
-# Larger matrices than at initialisation: attention that is nearly uniform would hide mask errors.
-PARAMS = jax.tree.map(lambda p: p * 3 if p.ndim > 2 else p, qwen3.init_params(CONFIG, 7))
+PARAMS = qwen3.init_params(CONFIG, 7)
 ROW_LEN, ROWS, LONGEST = 512, 2, 384
 DEFAULT_WEIGHTS = LossWeights()
 LIMITS = {"max_blocks": 2, "max_threads": 3}

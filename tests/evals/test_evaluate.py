@@ -150,10 +150,22 @@ def small_model(tokenizer, schema):
     )
 
 
+@pytest.fixture(scope="module")
+def small_engine(small_model):
+    return RolloutEngine(small_model.graphdef, small_model.schema, ENGINE)
+
+
 @pytest.fixture
-def loaded(small_model, monkeypatch):
+def loaded(small_model, small_engine, monkeypatch):
+    """The verbs load the small model and share its engine, which is compiled once."""
+
+    def shared(graphdef, schema, config):
+        assert (graphdef, schema, config) == (small_model.graphdef, small_model.schema, ENGINE)
+        return small_engine
+
     for module in (evaluate_module, generate_module):
         monkeypatch.setattr(module, "load_run", lambda run, step: small_model)
+        monkeypatch.setattr(module, "RolloutEngine", shared)
 
 
 def test_run_eval_writes_what_it_returns(loaded, tmp_path, capsys):
@@ -212,11 +224,10 @@ def test_run_generate_from_prompts_and_from_the_task(loaded, tmp_path, capsys):
     assert answer["correct"] is False
 
 
-def test_the_real_engine_is_deterministic_per_request(small_model, task):
-    engine = RolloutEngine(small_model.graphdef, small_model.schema, ENGINE)
+def test_the_real_engine_is_deterministic_per_request(small_model, small_engine, task):
     first, second = (
         evaluate(
-            engine, small_model.params, small_model.schema, small_model.tokenizer, task,
+            small_engine, small_model.params, small_model.schema, small_model.tokenizer, task,
             split="heldout", count=count, style="free", sampling=SHORT, seed=3,
         )[1]
         for count in (1, 3)

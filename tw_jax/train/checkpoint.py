@@ -274,7 +274,9 @@ def restore_params(
     """
 
     def abstract(record: CheckpointRecord) -> dict[str, Any]:
-        return {PARAMS: abstract_params or storage.abstract_params(record)}
+        if abstract_params is None:
+            return {PARAMS: storage.abstract_params(record)}
+        return {PARAMS: abstract_params}
 
     loaded, _ = storage.load_sound_step(storage.absolute(directory), step, abstract, {})
     return RestoredParams(loaded.trees[PARAMS], loaded.record.meta, loaded.record.step)

@@ -102,7 +102,7 @@ class SFTConfig:
     task: TaskConfig = TaskConfig()
     data: SFTDataConfig = SFTDataConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         final_learning_rate_fraction=0.05,
         warmup_steps=50,
         beta2=0.98,

@@ -120,7 +120,7 @@ class TensorBoardTracker:
 
         Args:
           directory: where the event files lie.
-          resume_step: events of later steps in earlier files are hidden by TensorBoard.
+          resume_step: TensorBoard hides events of later steps in earlier files; 0 hides them all.
 
         Raises:
           UserError: tensorboardX is missing or the directory cannot be written.
@@ -137,6 +137,8 @@ class TensorBoardTracker:
                 str(directory),
                 purge_step=resume_step + 1 if resume_step else 0,
                 flush_secs=10,
+                # Its own names count whole seconds: a quick restart would overwrite the last file.
+                filename_suffix=f".{time.time_ns()}",
             )
         except OSError as error:
             raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error

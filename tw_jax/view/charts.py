@@ -207,7 +207,7 @@ def timeline(labels: svg.Labels, units: Sequence[Mapping[str, Any]]) -> Markup:
     steps = max((u["end"] + 1 for u in units), default=1) - begin
     tokens = sum(u["tokens"] for u in units)
     height = 62 + _LANE * (len(rows) + 1)
-    size = svg.Size(900, height, left=78, top=4)
+    size = svg.Size(900, height, left=92, top=4)
     x_scale = Scale(0, max(1, steps, tokens), size.left, size.width - size.right)
     y_scale = Scale(0, 1, size.height - size.bottom, size.top)
     body = svg.axes(labels, size, x_scale, y_scale, number, number, y_ticks=())

@@ -1,0 +1,130 @@
+"""The SFT loop on the real model: learning, resuming, files, bad input."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tw_jax.config import to_yaml
+from tw_jax.data.trajectory_file import export_task
+from tw_jax.errors import UserError
+from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.train.run_dir import load_run
+from tw_jax.train.sft import SFTConfig, SFTDataConfig, run_sft
+from tw_jax.train.tracker import read_metrics
+
+SMALL = SFTConfig(
+    steps=12,
+    data=SFTDataConfig(row_len=512, rows=1, window=8, heldout_batches=1),
+    log_every=1,
+    eval_every=6,
+    checkpoint_every=4,
+    optimizer=dataclasses.replace(SFTConfig().optimizer, warmup_steps=2),
+)
+
+
+def config_in(folder, **changes):
+    return dataclasses.replace(SMALL, run_dir=str(folder), **changes)
+
+
+def losses(folder):
+    return {
+        row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run_sft(config_in(folder))
+
+
+def test_the_loss_falls_and_the_run_folder_is_complete(uninterrupted):
+    folder, result = uninterrupted
+    curve = losses(folder)
+    assert curve[12] < 0.8 * curve[1]
+    assert np.isfinite(result.heldout_loss)
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.yaml", "tokenizer", "checkpoints", "metrics.jsonl", "tensorboard",
+    }  # fmt: skip
+    loaded = load_run(folder)
+    assert loaded.step == 12
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, result.model.params)
+
+
+def test_a_run_stopped_by_a_hook_and_restarted_continues_bit_for_bit(uninterrupted, tmp_path):
+    class Crash(Exception):
+        pass
+
+    def crash(step, params):
+        if step == 6:  # two steps behind the checkpoint
+            raise Crash
+
+    folder = tmp_path / "crashed"
+    with pytest.raises(Crash):
+        run_sft(config_in(folder), hooks=[(1, crash)])
+    result = run_sft(config_in(folder))
+    whole, expected = uninterrupted
+    assert losses(folder) == losses(whole)
+    jax.tree.map(np.testing.assert_array_equal, result.model.params, expected.model.params)
+
+
+def test_gradient_accumulation_equals_one_larger_batch(tmp_path):
+    data = dataclasses.replace(SMALL.data, rows=2)
+    one = run_sft(config_in(tmp_path / "one", steps=3, data=data))
+    two = run_sft(config_in(tmp_path / "two", steps=3, gradient_accumulation=2))
+    a, b = (losses(tmp_path / name) for name in ("one", "two"))
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+    for x, y in zip(
+        jax.tree.leaves(one.model.params), jax.tree.leaves(two.model.params), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_training_on_files(tmp_path):
+    path = tmp_path / "data.jsonl"
+    export_task(make_task(TaskConfig()), "train", 40, 0, 0.5, path)
+    with path.open("a") as file:
+        file.write("{broken\n")
+    data = dataclasses.replace(
+        SMALL.data, files=(str(path),), heldout_files=(str(path),), epochs=None
+    )
+    result = run_sft(config_in(tmp_path / "run", steps=3, data=data))
+    assert np.isfinite(result.heldout_loss)
+    rejects = [json.loads(line) for line in (tmp_path / "run/rejects.jsonl").open()]
+    assert [reject["kind"] for reject in rejects] == ["malformed_json"]
+
+
+def test_rows_too_short_for_the_task_are_refused(tmp_path):
+    data = dataclasses.replace(SMALL.data, row_len=256)
+    with pytest.raises(UserError, match=r"row_len=256 is too short: .* 285 tokens"):
+        run_sft(config_in(tmp_path / "run", data=data))
+
+
+def test_a_checkpoint_of_another_model_is_refused(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    with pytest.raises(UserError, match="seed"):
+        run_sft(config_in(folder, seed=5))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    config = config_in(folder, steps=4000, checkpoint_every=4000)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "tw_jax.cli", "sft", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Run the same command again" in output
+    step = load_run(folder).step
+    assert 3 <= step < 4000
