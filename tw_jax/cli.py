@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import os
+import pathlib
 import sys
 import textwrap
 import traceback
@@ -32,12 +33,14 @@ class Verb:
       function: name of the function that takes one and runs; an int that it returns is the
         process's exit status.
       summary: one line for the list of verbs.
+      folder_key: the setting that a folder on the command line stands for; "" for none.
     """
 
     module: str
     config_class: str
     function: str
     summary: str
+    folder_key: str = ""
 
     def load(self) -> tuple[type, Callable[[Any], Any]]:
         """Imports the configuration class and the function."""
@@ -55,12 +58,26 @@ VERBS = {
     "sft": Verb("tw_jax.train.sft", "SFTConfig", "run_sft", "fine-tune on parallel trajectories"),
     "rl": Verb("tw_jax.train.rl", "RLConfig", "run_rl", "reinforcement learning with P-GRPO"),
     "generate": Verb(
-        "tw_jax.evals.generate", "GenerateConfig", "run_generate", "sample answers to prompts"
+        "tw_jax.evals.generate",
+        "GenerateConfig",
+        "run_generate",
+        "sample answers to prompts",
+        folder_key="checkpoint",
     ),
     "eval": Verb(
-        "tw_jax.evals.evaluate", "EvalConfig", "run_eval", "measure accuracy, latency and speedup"
+        "tw_jax.evals.evaluate",
+        "EvalConfig",
+        "run_eval",
+        "measure accuracy, latency and speedup",
+        folder_key="checkpoint",
     ),
-    "view": Verb("tw_jax.view.browse", "ViewConfig", "run_view", "look at trajectories and masks"),
+    "view": Verb(
+        "tw_jax.view.browse",
+        "ViewConfig",
+        "run_view",
+        "build the report of a run",
+        folder_key="run_dir",
+    ),
     "doctor": Verb(
         "tw_jax.doctor", "DoctorConfig", "run_doctor", "say what this machine has and lacks"
     ),
@@ -125,6 +142,8 @@ def _load(verb: Verb) -> tuple[type, Callable[[Any], Any]]:
 
 def _split(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
     """Parts the words behind a verb into an optional YAML file and `key=value` overrides."""
+    if folder_key := VERBS[verb].folder_key:
+        words = [f"{folder_key}={w}" if pathlib.Path(w).is_dir() else w for w in words]
     paths = [word for word in words if "=" not in word]
     for word in paths:
         if word.startswith("-"):
@@ -146,8 +165,9 @@ def _overview() -> str:
 
 def verb_help(name: str, verb: Verb, config_class: type) -> str:
     """The help text of a verb: its usage and every field of its configuration, explained."""
+    folder = " | folder of a run" if verb.folder_key else ""
     lines = [
-        f"usage: tw-jax {name} [config.yaml] [a.b=value ...] [--print-config] [--help]",
+        f"usage: tw-jax {name} [config.yaml{folder}] [a.b=value ...] [--print-config] [--help]",
         "",
         f"{verb.summary[0].upper()}{verb.summary[1:]}.",
         "",

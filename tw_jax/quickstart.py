@@ -19,7 +19,6 @@ from typing import Any
 from rich.console import Console
 
 from tw_jax.config import to_yaml
-from tw_jax.errors import UserError
 from tw_jax.evals.evaluate import evaluate
 from tw_jax.evals.metrics import RolloutRecord, Style, summarize, token_latency_speedup
 from tw_jax.evals.sample import sample_from_rollout
@@ -30,7 +29,7 @@ from tw_jax.rollout.request import SamplingParams
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.tasks.registry import make_task
 from tw_jax.train.rl import RLConfig, run_rl
-from tw_jax.train.run_dir import LoadedModel, load_run, new_model, save_model
+from tw_jax.train.run_dir import LoadedModel, has_checkpoint, load_run, new_model, save_model
 from tw_jax.train.sft import SFTConfig, run_sft
 from tw_jax.train.tracker import read_metrics
 from tw_jax.view.report import ReportData, points_from_summary, write_report
@@ -96,12 +95,19 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Runs all stages and writes `summary.json`, `report.json` and `report.html`.
 
     Returns:
-      The summary.
+      The summary; empty where a signal stopped a stage, which has saved its work then.
 
     Raises:
-      UserError: unusable configuration, or a stage was interrupted.
+      UserError: unusable configuration.
     """
-    return _Quickstart(config).run()
+    try:
+        return _Quickstart(config).run()
+    except _Interrupted:
+        return {}
+
+
+class _Interrupted(Exception):
+    """A stage was stopped by a signal and has saved what it had."""
 
 
 class _Quickstart:
@@ -150,7 +156,7 @@ class _Quickstart:
         start_dir = self.root / "rl_start"
 
         def try_start(step: int, params: Any) -> None:
-            if step < self.config.rl_start.from_step or start_dir.exists():
+            if step < self.config.rl_start.from_step or has_checkpoint(start_dir):
                 return
             records, _ = self._evaluate(
                 model, params, "free", self.config.rl.sampling, self.config.rl_start.problems
@@ -165,8 +171,8 @@ class _Quickstart:
         with self.minutes.of("sft"):
             result = run_sft(self.sft, hooks)
         if result.interrupted:
-            raise UserError("interrupted during SFT; run the same command again to go on")
-        if self.rl.steps and not start_dir.exists():
+            raise _Interrupted
+        if self.rl.steps and not has_checkpoint(start_dir):
             save_model(start_dir, result.model, result.model.params)
         return result.model
 
@@ -229,7 +235,7 @@ class _Quickstart:
         with self.minutes.of("rl"):
             trained = run_rl(self.rl)
         if trained.interrupted:
-            raise UserError("interrupted during RL; run the same command again to go on")
+            raise _Interrupted
         self._say("4/4  Measuring before and after, sampled at temperature 1")
         with self.minutes.of("measure rl"):
             after, rollouts = self._measure_rl("after", trained.model)

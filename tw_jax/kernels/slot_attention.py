@@ -65,7 +65,9 @@ def empty_cache(layout: SlotLayout, kv_heads: int, head_dim: int, dtype) -> Slot
     """A cache of zeros."""
 
     def blocks(*shape: int):
-        return tuple(jnp.zeros((layout.rows, kv_heads, *shape), dtype) for _ in range(layout.blocks))
+        return tuple(
+            jnp.zeros((layout.rows, kv_heads, *shape), dtype) for _ in range(layout.blocks)
+        )
 
     return SlotCache(
         keys=tuple(blocks(head_dim, layout.block_len) for _ in range(layout.layers)),

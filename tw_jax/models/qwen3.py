@@ -59,14 +59,19 @@ class Attend(Protocol):
 
 def matmul(
     x: Float[Array, "*b inner"], kernel: Float[Array, "inner out"]
-) -> Float[Array, "*b out"]:
-    """`x @ kernel` in x's dtype, accumulated in float32.
+) -> Float32[Array, "*b out"]:
+    """`x @ kernel` with inputs in x's dtype, accumulated and returned in float32.
 
-    The float32 accumulator is asked for explicitly: on CPU a bfloat16 result would make XLA
-    convert the inputs to float32 first, at half the speed.
+    The float32 result is asked for explicitly: for a bfloat16 one, XLA's CPU backend would convert
+    the inputs to float32 first, at half the speed. Off a mesh the product is made two-dimensional,
+    since for the kernel's gradient that backend would otherwise write transposed copies of the
+    activations (a third of a training step). On a mesh the axes stay apart: they may be sharded.
     """
+    tokens = x.shape[:-1]
+    if jax.sharding.get_abstract_mesh().empty:
+        x = x.reshape(-1, x.shape[-1])
     out = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
+    return out.reshape(*tokens, -1)
 
 
 def rotary_angles(
@@ -111,8 +116,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (inner, out), jnp.dtype(config.param_dtype)))
 
     def __call__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b out"]:
-        """`x @ kernel`."""
-        return matmul(x, self.kernel[...])
+        """`x @ kernel` in the dtype of `x`."""
+        return matmul(x, self.kernel[...]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -267,13 +272,10 @@ class Qwen3(nnx.Module):
         """Float32 next-token logits; `head` is an optional `head_matrix(params)`."""
         with jax.named_scope("lm_head"):
             if head is None and self.config.tie_word_embeddings:
-                table = self.embed_tokens.embedding[...].astype(hidden.dtype)
-                contract_last = (((hidden.ndim - 1,), (1,)), ((), ()))
-                return jax.lax.dot_general(
-                    hidden, table, contract_last, preferred_element_type=jnp.float32
-                )
-            head = self.lm_head.kernel[...] if head is None else head
-            return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+                head = self.embed_tokens.embedding[...].T
+            elif head is None:
+                head = self.lm_head.kernel[...]
+            return matmul(hidden, head)
 
 
 def _unrolled_step(run_layer, index: int, state, params: Params):

@@ -235,7 +235,9 @@ class _Run:
 def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
     """The configuration that the graph definition was made from."""
     for name, attribute in graphdef.attributes:
-        if name == "config" and isinstance(config := getattr(attribute, "value", None), Qwen3Config):
+        if name == "config" and isinstance(
+            config := getattr(attribute, "value", None), Qwen3Config
+        ):
             return config
     raise UserError("graphdef holds no Qwen3Config: make it with tw_jax.models.graphdef(config)")
 
@@ -262,6 +264,9 @@ def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None
 
 def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Program:
     layout = slot_layout(model.num_hidden_layers, config.rows, config.context_len)
+    # The lane costs as much for one token as for all it can hold, so it waits until it is worth a
+    # good part of a decode step; meanwhile rows feed their known tokens one by one.
+    lane_worth = min(config.rows, config.prefill_rows * config.prefill_chunk) // 2
     return Program(
         layout=layout,
         kv_heads=model.num_key_value_heads,
@@ -275,7 +280,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         max_blocks=config.max_blocks,
         prefill_rows=config.prefill_rows,
         prefill_chunk=config.prefill_chunk,
-        prefill_min=int(__import__("os").environ.get("PMIN","1")),
+        prefill_min=int(__import__("os").environ.get("PMIN", "1")),
         deterministic=config.deterministic,
         tokens=schema.fork_join,
         eos_id=schema.eos_id,

@@ -25,7 +25,6 @@ from tw_jax.kernels.slot_attention import copy_slot
 from tw_jax.rollout.sampling import unit_key
 from tw_jax.rollout.state import (
     COUNT,
-    END_STEP,
     EOS,
     FINISHED,
     OUTCOME_FIELDS,
@@ -89,13 +88,16 @@ def block_fits(program: Program, state: EngineState) -> Bool[Array, "requests"]:
 
 def join_threads(program: Program, state: EngineState) -> EngineState:
     """Joins every thread whose turn it is, closes blocks whose threads have all joined, and ends
-    rollouts that have no room for what would be joined next."""
+    rollouts that have no room for what would be joined next.
+    """
     # The cache takes no part: kept out of the loops, it cannot be copied by them.
     cache = state.cache
     state = replace(state, cache=None)
     # Joining can make a block ready to close, closing makes nothing ready: one pass is enough.
     for ready, event in ((_ready_to_join, _join_thread), (_ready_to_close, _close_block)):
-        state = _while_any(functools.partial(ready, program), functools.partial(event, program), state)
+        state = _while_any(
+            functools.partial(ready, program), functools.partial(event, program), state
+        )
     over = (state.requests.phase == THREADS) & _over(program, state)
     if program.deterministic:
         over &= _all_ended(program, state)
@@ -243,7 +245,9 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
 def _next_join_end(program: Program, state: EngineState) -> Int32[Array, "requests"]:
     """Least length of the joined text behind what is joined next: a thread, or the join's tokens."""
     threads = state.threads
-    thread = program.fixed_header_len + _number_len(state, threads.next_join) + 1 + program.close_len
+    thread = (
+        program.fixed_header_len + _number_len(state, threads.next_join) + 1 + program.close_len
+    )
     closing = threads.next_join > threads.count
     end = state.rows.n_known[state.requests.row]
     end += jnp.where(closing, len(program.tokens.join) + 1, thread)
@@ -305,7 +309,13 @@ def _join_thread(program: Program, state: EngineState, slot: Scalar) -> EngineSt
 
     # The slot of a replaced end-of-text token keeps its log-probability under the closer.
     tokens, logprobs = _copy_text(
-        state, slot, program.max_threads, ordinal, first, start, jnp.where(own, 0, body + count - start)
+        state,
+        slot,
+        program.max_threads,
+        ordinal,
+        first,
+        start,
+        jnp.where(own, 0, body + count - start),
     )
     closer = jnp.array(program.tokens.thread_close, jnp.int32)
     area = slot * program.max_threads
@@ -348,9 +358,7 @@ def _copy_text(
     origin = jnp.where(inside, position - target + source, 0)
 
     def copied(store):
-        return store.at[area].set(
-            jnp.where(inside, store[area + ordinal - 1][origin], store[area])
-        )
+        return store.at[area].set(jnp.where(inside, store[area + ordinal - 1][origin], store[area]))
 
     return copied(state.tokens), copied(state.logprobs)
 
@@ -379,7 +387,5 @@ def _close_block(program: Program, state: EngineState, slot: Scalar) -> EngineSt
         ),
         requests=requests.put(slot, phase=SEGMENT, block=block + 1),
         reader=replace(state.reader, count=state.reader.count.at[slot].set(0)),
-        records=replace(
-            state.records, blocks=state.records.blocks.at[slot, block].set(summary)
-        ),
+        records=replace(state.records, blocks=state.records.blocks.at[slot, block].set(summary)),
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
+from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
 from tw_jax.rewards.grading import Graded, grade
 from tw_jax.rewards.reward import RewardConfig, RolloutFacts, reward_terms
@@ -27,7 +28,6 @@ from tw_jax.rollout.request import Request, SamplingParams, sampling_seed
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Task
-from tw_jax.data.text import encode_prompt
 from tw_jax.train.checkpoint import Checkpointer
 from tw_jax.train.group_forest import group_forest
 from tw_jax.train.interrupt import graceful_interrupt
@@ -147,7 +147,7 @@ def run_rl(config: RLConfig) -> RLResult:
     # The update donates its state; the reference and the loaded model must survive it.
     own_params = jax.tree.map(jnp.copy, model.params)
     state = jax.jit(lambda params: init_train_state(params, optimizer))(own_params)
-    meta = checkpoint_meta(model.config, model.schema, seed=config.seed, init_from=config.init_from)
+    meta = checkpoint_meta(model.config, model.schema, seed=config.seed)
     largest = 0.0
     with (
         Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
@@ -161,7 +161,7 @@ def run_rl(config: RLConfig) -> RLResult:
             training_progress("P-GRPO", config.steps, start) as progress,
         ):
             saved = start
-            while step < config.steps and not interrupt.requested:
+            while step < config.steps and not interrupt.requested_anywhere():
                 clock = time.monotonic()
                 rollouts, graded = _sample(config, model, engine, task, state.params, step)
                 rollout_s = time.monotonic() - clock

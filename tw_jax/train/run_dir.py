@@ -98,6 +98,12 @@ def checkpoints_dir(run_dir: str | pathlib.Path) -> pathlib.Path:
     return pathlib.Path(run_dir) / "checkpoints"
 
 
+def has_checkpoint(run_dir: str | pathlib.Path) -> bool:
+    """Whether a complete checkpoint lies in a run's folder; unfinished ones carry other names."""
+    folder = checkpoints_dir(run_dir)
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def prepare_run_dir(run_dir: str | pathlib.Path, config: Any, tokenizer: Any) -> pathlib.Path:
     """Creates the folder with the resolved configuration and the tokenizer.
 

@@ -39,7 +39,7 @@ from tw_jax.train.run_dir import (
     new_model,
     prepare_run_dir,
 )
-from tw_jax.train.state import TrainState, init_train_state
+from tw_jax.train.state import init_train_state
 from tw_jax.train.tracker import TrackerConfig, make_tracker
 from tw_jax.train.update import MemoryConfig, make_update, nll_sum
 from tw_jax.trajectory.trajectory import Trajectory
@@ -179,7 +179,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
             training_progress("SFT", config.steps, step) as progress,
         ):
             saved = step
-            while step < config.steps and not interrupt.requested:
+            while step < config.steps and not interrupt.requested_anywhere():
                 micro = list(itertools.islice(batches, config.gradient_accumulation))
                 if len(micro) < config.gradient_accumulation:
                     break  # the files are used up

@@ -1,4 +1,4 @@
-"""The ThreadWeaver schema (arXiv 2512.07843): threads see the prefix, joins re-encode all threads."""
+"""The ThreadWeaver schema (arXiv 2512.07843): threads see the prefix, joins re-encode."""
 
 import dataclasses
 from collections.abc import Sequence

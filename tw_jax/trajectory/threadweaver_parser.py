@@ -104,7 +104,7 @@ class _Cursor:
             )
 
     def number(self, start: int, end: int, kind: str) -> tuple[str, int]:
-        """Reads `[space] digits [. digits] :`; returns the number and the index behind the colon."""
+        """Reads `[space] digits [. digits] :`; returns it and the index behind."""
         text = ""
         for index in range(start, min(end, start + MAX_NUMBER_TOKENS)):
             token = int(self.tokens[index])
