@@ -203,5 +203,7 @@ def test_errors_name_the_choices():
         tree_attention(q[:, :, :3], k, v, end)
     with pytest.raises(ValueError, match="the plan is for"):
         tree_attention(q, k, v, end, plan=plan_tiles(end[:, :10]))
+    with pytest.raises(ValueError, match="the plan is for 1 rows"):
+        tree_attention(q, k, v, end, plan=plan_tiles(end[:1]))
     with pytest.raises(ValueError, match="multiple of the other"):
         plan_tiles(end, q_tile=48, k_tile=32)

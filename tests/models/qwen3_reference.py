@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from tw_jax.models import Params, Qwen3Config, preset
+from tw_jax.models import Params, Qwen3Config
 
-# Small, and no two widths alike, so that a mixed-up axis cannot go unnoticed.
-SMALL = preset(
-    "tiny",
+# Small, and no two widths alike, so that a mixed-up axis cannot go unnoticed. Every field is given:
+# the golden file must not depend on a preset.
+SMALL = Qwen3Config(
     vocab_size=61,
     hidden_size=48,
     intermediate_size=80,
@@ -16,6 +16,13 @@ SMALL = preset(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    max_position_embeddings=2048,
+    initializer_range=0.02,
+    param_dtype="float32",
+    compute_dtype="float32",
 )
 CASES: dict[str, Qwen3Config] = {
     "tied": SMALL,

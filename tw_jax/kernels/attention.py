@@ -54,9 +54,10 @@ def tree_attention(
         hidden = None
     if plan is None:
         plan = plan_tiles(visible_end, hidden)
-    if not plan.padded_len - max(plan.q_tile, plan.k_tile) < row_len <= plan.padded_len:
+    padded_len = -(-row_len // max(plan.q_tile, plan.k_tile)) * max(plan.q_tile, plan.k_tile)
+    if (rows, padded_len) != (plan.rows, plan.padded_len):
         raise ValueError(
-            f"the plan is for rows of {plan.padded_len} tokens (padded), not {row_len}: "
-            "build it from this batch's visible_end"
+            f"the plan is for {plan.rows} rows of {plan.padded_len} tokens (whole tiles), not for "
+            f"{rows} rows of {padded_len}: build it from this batch's visible_end, per shard if sharded"
         )
     return _BACKENDS[name](q, k, v, visible_end, hidden, plan)

@@ -34,6 +34,7 @@ class TilePlan:
       k_block: key block of each tile.
       q_tile: queries per tile.
       k_tile: keys per tile.
+      rows: rows of the batch that was planned.
       padded_len: row length rounded up to whole tiles.
     """
 
@@ -42,6 +43,7 @@ class TilePlan:
     k_block: Int32[Array, "capacity"]
     q_tile: int = dataclasses.field(metadata={"static": True})
     k_tile: int = dataclasses.field(metadata={"static": True})
+    rows: int = dataclasses.field(metadata={"static": True})
     padded_len: int = dataclasses.field(metadata={"static": True})
 
 
@@ -115,6 +117,7 @@ def plan_tiles(
         k_block=(row * len(k_starts) + k_index).astype(jnp.int32),
         q_tile=q_tile,
         k_tile=k_tile,
+        rows=rows,
         padded_len=padded_len,
     )
 

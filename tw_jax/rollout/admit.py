@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from tw_jax.rollout.advance import end_segments, split_spawns
 from tw_jax.rollout.outlines import read_token
 from tw_jax.rollout.request import Request
-from tw_jax.rollout.sampling import unit_key
+from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.spawn_join import open_blocks
 from tw_jax.rollout.state import (
     CONTEXT,
@@ -127,7 +127,6 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
     arrives, slots = batch.arrives, jnp.arange(program.requests)
     free_rows = jnp.nonzero(~state.rows.live, size=program.requests, fill_value=program.rows)[0]
     row = jnp.where(arrives, free_rows[jnp.cumsum(arrives) - 1], program.rows).astype(jnp.int32)
-    key = jax.vmap(lambda key: unit_key(key, jnp.int32(0), jnp.int32(0)))(batch.key)
 
     def row_field(old, new):
         return old.at[row].set(new, mode="drop")
@@ -156,7 +155,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
             n_kv=row_field(rows.n_kv, 0),
             body=row_field(rows.body, batch.known_len),
             stop_at=row_field(rows.stop_at, batch.limit),
-            key=row_field(rows.key, key),
+            unit=row_field(rows.unit, unit_number(0, 0)),
             start_step=row_field(rows.start_step, state.step),
         ),
         requests=replace(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from tw_jax.kernels.slot_attention import SlotCache, attend_chunks, attend_rows, write_tokens
 from tw_jax.models import Params, Qwen3, head_matrix, unstack_layers
 from tw_jax.rollout.outlines import read_token
-from tw_jax.rollout.sampling import sample_tokens
+from tw_jax.rollout.sampling import sample_tokens, token_noise
 from tw_jax.rollout.spawn_join import (
     block_fits,
     finish_requests,
@@ -188,11 +188,14 @@ def _decode_lane(
         logits = network.logits(hidden)
 
     sampled = feeds & ~rows.waiting & (pending == 0)
+
+    def noise():
+        return token_noise(requests.key[rows.request], rows.unit, rows.n_known, program.vocab)
+
     with jax.named_scope("sample"):
         token, logprob = sample_tokens(
             logits,
-            rows.key,
-            rows.n_known,
+            noise,
             requests.temperature[rows.request],
             requests.top_k[rows.request],
             requests.top_p[rows.request],

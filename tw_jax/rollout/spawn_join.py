@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from tw_jax.kernels.slot_attention import copy_slot
-from tw_jax.rollout.sampling import unit_key
+from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.state import (
     COUNT,
     EOS,
@@ -173,7 +173,7 @@ def _open_block(program: Program, state: EngineState, slot: Scalar) -> EngineSta
             body=body,
             thread=1,
             stop_at=_thread_stop_at(program, state, slot, body),
-            key=unit_key(state.requests.key[slot], block, jnp.int32(1)),
+            unit=unit_number(block, 1),
         ),
         requests=state.requests.put(slot, phase=THREADS),
         threads=state.threads.put(
@@ -235,7 +235,7 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
             n_kv=fork_at + program.shared_len,
             body=body,
             stop_at=_thread_stop_at(program, state, slot, body),
-            key=unit_key(state.requests.key[slot], state.requests.block[slot], ordinal),
+            unit=unit_number(state.requests.block[slot], ordinal),
             start_step=state.step,
         ),
         threads=threads.put(slot, next_spawn=ordinal + 1),
@@ -382,7 +382,7 @@ def _close_block(program: Program, state: EngineState, slot: Scalar) -> EngineSt
             thread=0,
             waiting=False,
             stop_at=requests.limit[slot],
-            key=unit_key(requests.key[slot], block + 1, jnp.int32(0)),
+            unit=unit_number(block + 1, 0),
             start_step=state.step,
         ),
         requests=requests.put(slot, phase=SEGMENT, block=block + 1),

@@ -132,7 +132,7 @@ class Rows(_Table):
       n_kv: tokens in the cache.
       body: position of the unit's first sampled token.
       stop_at: the unit ends when `n_known` reaches this.
-      key: noise key of the unit.
+      unit: number of the unit in its request; selects its noise.
       start_step: step of the unit's first sampled token.
     """
 
@@ -145,7 +145,7 @@ class Rows(_Table):
     n_kv: Int32[Array, "rows"]
     body: Int32[Array, "rows"]
     stop_at: Int32[Array, "rows"]
-    key: UInt32[Array, "rows 2"]
+    unit: Int32[Array, "rows"]
     start_step: Int32[Array, "rows"]
 
 
@@ -282,7 +282,7 @@ def new_state(program: Program) -> EngineState:
             n_kv=ints(rows),
             body=ints(rows),
             stop_at=ints(rows),
-            key=jnp.zeros((rows, 2), jnp.uint32),
+            unit=ints(rows),
             start_step=ints(rows),
         ),
         requests=Requests(
