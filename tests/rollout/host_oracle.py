@@ -5,7 +5,6 @@ is the model, and the noise of a token as a function of (seed, block, thread, po
 """
 
 import dataclasses
-import functools
 import re
 
 import jax

@@ -58,6 +58,6 @@ def tree_attention(
     if (rows, padded_len) != (plan.rows, plan.padded_len):
         raise ValueError(
             f"the plan is for {plan.rows} rows of {plan.padded_len} tokens (whole tiles), not for "
-            f"{rows} rows of {padded_len}: build it from this batch's visible_end, per shard if sharded"
+            f"{rows} rows of {padded_len}: build it from this visible_end (per shard)"
         )
     return _BACKENDS[name](q, k, v, visible_end, hidden, plan)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int32
 
 Hidden = tuple[Int32[Array, "depth rows len"], Int32[Array, "depth rows len"]]
 
-# The fastest of 32, 64, 128 and 256 on CPU, for rows of 512 to 4096 tokens, packed or causal:
+# The fastest of 32, 64, 128 and 256 on CPU, for packed rows of 512 to 4096 tokens:
 # larger tiles are no faster per pair there, being compute-bound, and cover more dead pairs.
 _DEFAULT_TILE = 64
 _SMALLEST_TILE = 16

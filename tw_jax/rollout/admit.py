@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,52 +71,45 @@ class Admission:
 def admission(program: Program, arrivals: Sequence[tuple[int, int, Request]]) -> Admission:
     """Lays out requests for `admit`: (slot, ticket, request) each. Plain NumPy."""
     n = program.requests
-
-    def zeros(dtype: type = np.int32) -> np.ndarray:
-        return np.zeros(n, dtype)
-
-    batch = Admission(
-        arrives=zeros(np.bool_),
-        tokens=np.zeros((n, program.store_len), np.int32),
-        prompt_len=zeros(),
-        known_len=zeros(),
-        ticket=zeros(),
-        key=np.zeros((n, 2), np.uint32),
-        parallel=zeros(np.bool_),
-        limit=zeros(),
-        limit_reason=zeros(),
-        max_threads=zeros(),
-        max_thread_tokens=zeros(),
-        max_blocks=zeros(),
-        temperature=zeros(np.float32),
-        top_k=zeros(),
-        top_p=np.ones(n, np.float32),
-    )
+    fields = {
+        "arrives": np.zeros(n, np.bool_),
+        "tokens": np.zeros((n, program.store_len), np.int32),
+        "key": np.zeros((n, 2), np.uint32),
+        "parallel": np.zeros(n, np.bool_),
+        "temperature": np.zeros(n, np.float32),
+        "top_p": np.ones(n, np.float32),
+    }
+    for field in dataclasses.fields(Admission):
+        fields.setdefault(field.name, np.zeros(n, np.int32))
     for slot, ticket, request in arrivals:
-        sampling = request.sampling
-        known = np.concatenate([request.prompt, np.array(request.forced_prefix, np.int32)])
-        budget = len(request.prompt) + sampling.max_response_tokens
-        values = {
-            "arrives": True,
-            "prompt_len": len(request.prompt),
-            "known_len": len(known),
-            "ticket": ticket,
-            # The two words that jax.random.PRNGKey makes of a 64-bit seed.
-            "key": (request.seed >> 32, request.seed & 0xFFFFFFFF),
-            "parallel": request.mode == "parallel",
-            "limit": min(budget, program.context_len),
-            "limit_reason": LENGTH if budget <= program.context_len else CONTEXT,
-            "max_threads": sampling.max_threads,
-            "max_thread_tokens": min(sampling.max_thread_tokens, program.context_len),
-            "max_blocks": sampling.max_blocks,
-            "temperature": sampling.temperature,
-            "top_k": min(sampling.top_k, program.vocab),
-            "top_p": sampling.top_p,
-        }
-        batch.tokens[slot, : len(known)] = known  # pyright: ignore[reportIndexIssue]
-        for name, value in values.items():
-            getattr(batch, name)[slot] = value
-    return batch
+        for name, value in _asked(program, ticket, request).items():
+            fields[name][slot] = value
+    return Admission(**cast(dict[str, Any], fields))
+
+
+def _asked(program: Program, ticket: int, request: Request) -> dict[str, Any]:
+    """One line of an `Admission`."""
+    sampling = request.sampling
+    known = [*request.prompt, *request.forced_prefix]
+    budget = len(request.prompt) + sampling.max_response_tokens
+    return {
+        "arrives": True,
+        "tokens": np.pad(np.array(known, np.int32), (0, program.store_len - len(known))),
+        "prompt_len": len(request.prompt),
+        "known_len": len(known),
+        "ticket": ticket,
+        # The two words that jax.random.PRNGKey makes of a 64-bit seed.
+        "key": (request.seed >> 32, request.seed & 0xFFFFFFFF),
+        "parallel": request.mode == "parallel",
+        "limit": min(budget, program.context_len),
+        "limit_reason": LENGTH if budget <= program.context_len else CONTEXT,
+        "max_threads": sampling.max_threads,
+        "max_thread_tokens": min(sampling.max_thread_tokens, program.context_len),
+        "max_blocks": sampling.max_blocks,
+        "temperature": sampling.temperature,
+        "top_k": min(sampling.top_k, program.vocab),
+        "top_p": sampling.top_p,
+    }
 
 
 def admit(program: Program, state: EngineState, batch: Admission) -> EngineState:

@@ -87,8 +87,9 @@ def block_fits(program: Program, state: EngineState) -> Bool[Array, "requests"]:
 
 
 def join_threads(program: Program, state: EngineState) -> EngineState:
-    """Joins every thread whose turn it is, closes blocks whose threads have all joined, and ends
-    rollouts that have no room for what would be joined next.
+    """Joins every thread whose turn it is, and closes blocks whose threads have all joined.
+
+    Rollouts without room for what would be joined next end here.
     """
     # The cache takes no part: kept out of the loops, it cannot be copied by them.
     cache = state.cache
@@ -243,7 +244,7 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
 
 
 def _next_join_end(program: Program, state: EngineState) -> Int32[Array, "requests"]:
-    """Least length of the joined text behind what is joined next: a thread, or the join's tokens."""
+    """Least length of the joined text behind what comes next: a thread, or the join's tokens."""
     threads = state.threads
     thread = (
         program.fixed_header_len + _number_len(state, threads.next_join) + 1 + program.close_len

@@ -28,7 +28,7 @@ from tw_jax.trajectory.schema import ForkJoinTokens
 FREE, SEGMENT, THREADS, FINISHED = range(4)
 # Why a unit or rollout ended; 0 while it runs. Index into `FINISH_REASONS` of assemble.py.
 RUNNING, SPAWN, THREAD_STOP, EOS, LENGTH, CONTEXT = range(6)
-# Columns of `Threads.outcome`: sampled tokens, why it ended (RUNNING until then), and where and when.
+# Columns of `Threads.outcome`: sampled tokens, why it ended (RUNNING until then), where and when.
 COUNT, REASON, ROW, START_STEP, END_STEP, OUTCOME_FIELDS = range(6)
 # Columns of `Records.segments`: row, first and last step.
 SEGMENT_FIELDS = 3
@@ -127,7 +127,7 @@ class Rows(_Table):
       request: its request slot.
       area: where its tokens lie in the store.
       thread: ordinal of the thread it runs, 0 for sequential text.
-      waiting: the parent's row between the end of thread 1 and the join: feeds, but does not sample.
+      waiting: a parent's row between the end of thread 1 and the join; feeds, but does not sample.
       n_known: tokens decided.
       n_kv: tokens in the cache.
       body: position of the unit's first sampled token.

@@ -178,23 +178,26 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
             make_tracker(config.tracker, run_dir, resume_step=step) as tracker,
             training_progress("SFT", config.steps, step) as progress,
         ):
-            saved = step
+            saved, tokens_since_log = step, 0
             while step < config.steps and not interrupt.requested_anywhere():
                 micro = list(itertools.islice(batches, config.gradient_accumulation))
                 if len(micro) < config.gradient_accumulation:
                     break  # the files are used up
                 state, sums = update(state, micro)
                 step += 1
-                progress.update(step, tokens=useful_tokens(micro), metrics={})
+                tokens_since_log += useful_tokens(micro)
                 if step % config.log_every == 0 or step == config.steps:
+                    # Reading the loss waits for the device: only here is the rate a true one.
+                    loss = float(sums["loss"]) / max(float(sums["weight"]), 1e-20)
+                    progress.update(step, tokens=tokens_since_log, metrics={"loss": loss})
+                    tokens_since_log = 0
                     metrics = {
-                        "loss": float(sums["loss"]) / max(float(sums["weight"]), 1e-20),
+                        "loss": loss,
                         "grad_norm": float(sums["grad_norm"]),
                         "skipped_updates": int(state.skipped_updates),
                         "learning_rate": float(jnp.asarray(learning_rate(step - 1))),
                         "tokens_per_s": progress.tokens_per_s,
                     }
-                    progress.update(step, tokens=0, metrics={"loss": metrics["loss"]})
                     tracker.log(step, metrics)
                 if heldout and (step % config.eval_every == 0 or step == config.steps):
                     heldout_loss = _mean_loss(heldout_sums, state.params, heldout)
