@@ -114,7 +114,7 @@ class RolloutEngine:
         self._model_config = _model_config(graphdef)
         _check_fit(self._model_config, schema, config)
         self._program = _program(self._model_config, schema, config)
-        self._state: EngineState | None = None
+        self.state: EngineState | None = None
         program = self._program
 
         def run(params: Params, state: EngineState, max_steps, max_finished):
@@ -151,10 +151,10 @@ class RolloutEngine:
             _check_request(index, request, self.config, self._model_config)
         run = _Run(self, requests, on_finish)
         # The state is donated to every call: after a failure in between there is none.
-        state, self._state = self._state, None
+        state, self.state = self.state, None
         run.state = self._new_state() if state is None else state
         results = run.to_the_end(params)
-        self._state = run.state
+        self.state = run.state
         return results
 
 
@@ -283,6 +283,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         prefill_rows=config.prefill_rows,
         prefill_chunk=config.prefill_chunk,
         prefill_min=1 if config.deterministic else LANE_MIN_TOKENS,
+        row_buckets=eval(__import__("os").environ.get("RB","None")) or (config.rows,),
         deterministic=config.deterministic,
         tokens=schema.fork_join,
         eos_id=schema.eos_id,

@@ -1,0 +1,234 @@
+"""What the engine promises besides its tokens: no recompilation, no order dependence, clear errors."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.rollout.scenarios import ENGINE, MAX_DIGITS, plans, request, scenarios
+from tests.rollout.small_world import CONFIG, ids, make_model, make_schema
+from tw_jax.errors import UserError
+from tw_jax.models import graphdef
+from tw_jax.rollout.engine import EngineConfig, RolloutEngine
+from tw_jax.rollout.request import Request
+
+# Rows and areas have sizes that nothing else has: the compiled text is searched for them.
+ROWS, REQUESTS = 11, 7
+LOOP = dataclasses.replace(
+    ENGINE, context_len=130, rows=ROWS, requests=REQUESTS, steps_per_dispatch=16
+)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return RolloutEngine(make_model()[0], make_schema(), LOOP)
+
+
+def small_requests(count=12, **sampling):
+    return [
+        request(i, plans("1", "2", "3") if i % 2 else "", max_response_tokens=70, **sampling)
+        for i in range(count)
+    ]
+
+
+def token_lists(rollouts):
+    return [rollout.trajectory.tokens.tolist() for rollout in rollouts]
+
+
+def test_streams_more_requests_than_slots_and_reports_each(engine):
+    seen = []
+    requests = small_requests()
+    rollouts = engine.generate(
+        make_model()[1], requests, on_finish=lambda i, rollout: seen.append((i, rollout))
+    )
+    assert sorted(i for i, _ in seen) == list(range(len(requests)))
+    assert all(rollouts[i] is rollout for i, rollout in seen)
+    for request_, rollout in zip(requests, rollouts, strict=True):
+        assert (rollout.prompt == request_.prompt).all()
+        assert tuple(rollout.response[: len(request_.forced_prefix)]) == request_.forced_prefix
+
+
+def test_nothing_compiles_after_the_first_call(engine):
+    """A mixed workload: other lengths, budgets, temperatures, modes, numbers of requests."""
+    params = make_model()[1]
+    engine.generate(params, small_requests(2))
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1)(jnp.ones(17)).block_until_ready()
+        assert compiled, "the listener hears compilations"
+        compiled.clear()
+        engine.generate(params, small_requests(9, temperature=0.5))
+        engine.generate(params, small_requests(3, top_k=3, top_p=0.9, max_thread_tokens=30))
+        engine.generate(params, [request(0, mode="sequential", prompt="<bos>" + "abc" * 20)])
+        engine.generate(params, [])
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_tokens_do_not_depend_on_batch_order_or_neighbours(engine):
+    params, requests = make_model()[1], small_requests()
+    together = token_lists(engine.generate(params, requests))
+    reverse = token_lists(engine.generate(params, requests[::-1]))[::-1]
+    alone = token_lists(engine.generate(params, [requests[3]]))
+    assert together == reverse
+    assert together[3] == alone[0]
+
+
+def test_the_timeline_is_a_schedule(engine):
+    """A row runs one unit at a time, children follow their parents, steps start at 0."""
+    rollouts = engine.generate(make_model()[1], small_requests(20))
+    busy = []
+    for rollout in rollouts:
+        for unit in rollout.units:
+            assert 0 <= unit.start_step <= unit.end_step
+            if len(unit.completion):
+                assert unit.end_step - unit.start_step + 1 >= len(unit.completion)
+                busy.append((unit.row, unit.start_step, unit.end_step))
+            parent = rollout.units[unit.parent] if unit.parent >= 0 else None
+            if parent is not None and len(parent.completion):
+                assert parent.end_step < unit.start_step
+        assert rollout.timeline == tuple((u.row, u.start_step, u.end_step) for u in rollout.units)
+    assert min(start for _, start, _ in busy) < LOOP.steps_per_dispatch
+    busy.sort()
+    for (row, _, end), (next_row, start, _) in zip(busy, busy[1:], strict=False):
+        assert row != next_row or end < start
+    assert {row for row, _, _ in busy} <= set(range(ROWS))
+
+
+def test_threads_run_side_by_side(engine):
+    """One request in an idle engine: its threads overlap in time."""
+    (rollout,) = engine.generate(make_model()[1], [request(5, plans("1", "2", "3"))])
+    threads = [unit for unit in rollout.units if unit.block == 0 and unit.kind == "thread"]
+    assert len(threads) == 3
+    assert max(t.start_step for t in threads) <= min(t.start_step for t in threads) + 3
+    assert len({t.row for t in threads}) == 3
+    segment = rollout.units[0]
+    assert threads[0].row == segment.row, "thread 1 stays in its parent's row"
+
+
+def test_an_exception_in_the_callback_leaves_a_usable_engine(engine):
+    params, requests = make_model()[1], small_requests(4)
+
+    def fail(index, rollout):
+        raise KeyboardInterrupt
+
+    expected = token_lists(engine.generate(params, requests))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(params, requests, on_finish=fail)
+    assert token_lists(engine.generate(params, requests)) == expected
+
+
+def test_no_progress_raises(engine, monkeypatch):
+    def stuck(params, state, max_steps, max_finished):
+        return state, np.array([1] * REQUESTS + [0, 5, 3])
+
+    monkeypatch.setattr(engine, "advance", stuck)
+    with pytest.raises(RuntimeError, match="no progress at step 5"):
+        engine.generate(make_model()[1], small_requests(1))
+
+
+def test_the_loop_copies_neither_cache_nor_token_store(engine):
+    """Silent copies of the whole cache are what ruins such a loop; see the optimised program."""
+    params = make_model()[1]
+    engine.generate(params, small_requests(1))
+    text = engine.advance.lower(params, engine.state, 4, 1).compile().as_text()
+    block = engine.state.cache.keys[0][0].shape
+    store = engine.state.tokens.shape
+    shapes = {block, (block[0], block[1], block[3], block[2]), store}
+    assert f"f32[{','.join(map(str, block))}]" in text, "the cache is in the program"
+    copied = [
+        shape
+        for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", text)
+        if tuple(map(int, shape.split(","))) in shapes
+    ]
+    assert not copied
+
+
+def test_deterministic_logprobs_do_not_depend_on_the_schedule():
+    """Bit for bit, with other neighbours, another order, and threads that spawn late."""
+    config = dataclasses.replace(LOOP, deterministic=True, rows=6, requests=4)
+    graphdef_, params = make_model()
+    engine = RolloutEngine(graphdef_, make_schema(), config)
+    requests = list(scenarios()[0].values())[:20]
+    requests = [r for r in requests if len(r.prompt) < 60]
+    together = engine.generate(params, requests)
+    reverse = engine.generate(params, requests[::-1])[::-1]
+    alone = [engine.generate(params, [r])[0] for r in requests[:3]]
+    for other in (reverse, alone):
+        for a, b in zip(together, other, strict=False):
+            for ours, theirs in zip(a.units, b.units, strict=True):
+                assert (ours.logprobs == theirs.logprobs).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rows": 4, "requests": 5}, "every active request holds a row"),
+        ({"rows": 0}, "engine.rows=0"),
+        ({"prefill_rows": 99}, "engine.prefill_rows=99"),
+        ({"prefill_chunk": 999}, "engine.prefill_chunk=999"),
+        ({"max_threads": 5000}, "engine.max_threads=5000"),
+    ],
+)
+def test_refuses_sizes_that_do_not_fit(fields, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        dataclasses.replace(ENGINE, **fields)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (request(0, prompt=""), "the prompt is empty"),
+        (request(0, prompt="<bos>" + "a" * 129), "leave no room in engine.context_len=130"),
+        (request(0, "a" * 90), "spends the budget of max_response_tokens=90"),
+        (request(0, max_threads=9), "sampling.max_threads=9 must lie in 1..4"),
+        (request(0, max_blocks=9), "sampling.max_blocks=9 must lie in 1..3"),
+        (request(0, max_thread_tokens=0), "max_thread_tokens"),
+        (request(0, temperature=-1.0), "temperature"),
+        (request(0, temperature=float("nan")), "temperature"),
+        (request(0, top_p=0.0), "top_p"),
+        (request(0, top_k=-1), "top_k"),
+        (request(-1), "seed=-1"),
+        (request(2**64), "seed="),
+        (request(0, mode="both"), "mode='both'"),
+        (Request(np.array([0, 99], np.int32), 0), "token ids must lie in 0..23"),
+    ],
+)
+def test_refuses_a_request_that_it_cannot_serve(engine, bad, message):
+    with pytest.raises(UserError, match="request 1: .*" + re.escape(message)):
+        engine.generate(make_model()[1], [request(0), bad])
+
+
+def test_one_row_serves_sequential_requests_only():
+    config = dataclasses.replace(ENGINE, rows=1, requests=1, prefill_rows=1)
+    engine = RolloutEngine(make_model()[0], make_schema(), config)
+    with pytest.raises(UserError, match="set engine.rows to at least 2"):
+        engine.generate(make_model()[1], [request(0)])
+
+
+def test_refuses_models_and_schemas_that_do_not_fit():
+    schema = make_schema()
+    with pytest.raises(UserError, match="engine.context_len=600"):
+        RolloutEngine(make_model()[0], schema, EngineConfig(context_len=600))
+    small = graphdef(dataclasses.replace(CONFIG, vocab_size=20))
+    with pytest.raises(UserError, match="24 tokens, the model only 20"):
+        RolloutEngine(small, schema, ENGINE)
+
+    other = dataclasses.replace(schema, join_rule="message")
+    with pytest.raises(UserError, match="joins by re-encoding"):
+        RolloutEngine(make_model()[0], other, ENGINE)
+
+
+def test_numbers_longer_than_the_engine_holds_are_dropped():
+    """A fact that the scenarios rely on."""
+    assert MAX_DIGITS == ENGINE.max_number_digits == 2 < len(ids("123"))
