@@ -20,7 +20,9 @@ ROWS, LAYERS, HEADS, KV_HEADS, DIM = 3, 2, 4, 2, 8
 def dense(q, k, v, position):
     """One query over keys 0..position of one row, in NumPy."""
     q = np.asarray(q)
-    k, v = (np.repeat(x[: position + 1], HEADS // KV_HEADS, axis=1) for x in map(np.asarray, (k, v)))
+    k, v = (
+        np.repeat(x[: position + 1], HEADS // KV_HEADS, axis=1) for x in map(np.asarray, (k, v))
+    )
     scores = np.einsum("hd,khd->hk", q, k) / np.sqrt(DIM)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("hk,khd->hd", weights / weights.sum(axis=-1, keepdims=True), v)

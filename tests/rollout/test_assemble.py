@@ -79,7 +79,8 @@ def test_rebuilds_what_the_parser_reads(trajectory, forced):
 
 def test_a_block_that_the_model_never_opened_begins_at_its_plans():
     """And one that it never closed ends behind the join."""
-    text = "<Outlines>\n<Outline>1: a</Outline>\n<Outline>b</Outline>\n</Outlines>\n<Thread>\n1: c\n</Thread>\n"
+    text = "<Outlines>\n<Outline>1: a</Outline>\n<Outline>b</Outline>\n</Outlines>"
+    text += "\n<Thread>\n1: c\n</Thread>\n"
     tokens = np.array(TOKENIZER("q" + text + "d").input_ids, np.int32)
     join_end = len(TOKENIZER("q" + text).input_ids)
     opener = tokens.tolist().index(SCHEMA.fork_join.plans_open)

@@ -1,4 +1,4 @@
-"""What the engine promises besides its tokens: no recompilation, no order dependence, clear errors."""
+"""What the engine promises besides its tokens: no recompilation, no copies, clear errors."""
 
 import dataclasses
 import re

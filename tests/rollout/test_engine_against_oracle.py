@@ -93,7 +93,11 @@ def test_the_trajectory_gives_the_same_units_as_the_schema(run):
     for name, rollout in rollouts.items():
         units = schema.units(rollout.trajectory)
         for ours, theirs, oracle in zip(rollout.units, units, expected[name].units, strict=True):
-            assert (ours.kind, ours.block, ours.thread) == (theirs.kind, theirs.block, theirs.thread)
+            assert (ours.kind, ours.block, ours.thread) == (
+                theirs.kind,
+                theirs.block,
+                theirs.thread,
+            )
             assert ours.completion.tolist() == theirs.completion.tolist(), name
             assert theirs.context.tolist() == oracle.context, name
         assert rollout.critical_path == schema.critical_path(rollout.trajectory)

@@ -114,14 +114,13 @@ def attend_rows(
     """One query per row over its own slot, positions up to and including its own.
 
     Args:
-      q: queries of the first rows, unscaled.
+      q: queries of all rows, unscaled.
       cache: holds the queries' own keys and values already.
       layer: which layer's part of the cache.
       positions: position of each query.
       blocks: static number of leading blocks to read; must hold every position that matters.
     """
-    keys = [block[: len(q)] for block in cache.keys[layer][:blocks]]
-    values = [block[: len(q)] for block in cache.values[layer][:blocks]]
+    keys, values = cache.keys[layer][:blocks], cache.values[layer][:blocks]
     return _attend(q[:, None], keys, values, positions[:, None])[:, 0]
 
 

@@ -164,29 +164,43 @@ def _decode_lane(
     Returns:
       The state, each row's sampled token, and whether it sampled one.
     """
-    rows = state.rows
+    rows, requests = state.rows, state.requests
     pending = rows.n_known - 1 - rows.n_kv
     feeds = rows.live & (~rows.waiting | (pending > 0))
     if program.deterministic:  # pending tokens only through the lane, in chunks of its own
         feeds = rows.live & ~rows.waiting & (pending == 0)
+    # Rows that rest keep a position inside the cache; what they compute is dropped.
+    positions = jnp.minimum(rows.n_kv, program.context_len - 1)
+    tokens = state.tokens[rows.area, positions]
+    all_rows = jnp.arange(program.rows)
+    end = jnp.where(feeds, positions, 0).max() + 1
+
+    def attend(q, k, v, layer, cache):
+        cache = write_tokens(cache, layer, all_rows, positions, feeds, k, v)
+
+        def over(blocks: int):
+            return attend_rows(q, cache, layer, positions, blocks)
+
+        return _by_length(program, end, over), cache
+
+    with jax.named_scope("decode_lane"):
+        hidden, cache = network.hidden_states(tokens, positions, attend, state.cache)
+        logits = network.logits(hidden)
+
     sampled = feeds & ~rows.waiting & (pending == 0)
 
-    # Rows are taken from the first free one on, so a few live rows are mostly the first few. A loop
-    # of at most one trip per bucket of rows stands for a switch, which would copy the cache.
-    needed = jnp.where(rows.live, jnp.arange(program.rows) + 1, 0).max()
-    bucket = (needed > jnp.array(program.row_buckets[:-1], jnp.int32)).sum()
-    empty = jnp.zeros(program.rows, jnp.int32), jnp.zeros(program.rows, jnp.float32)
-    carry = (bucket, state.cache, *empty)
-    for index, count in enumerate(program.row_buckets):
+    def noise():
+        return token_noise(requests.key[rows.request], rows.unit, rows.n_known, program.vocab)
 
-        def feed(carry, count=count):
-            _, cache, token, logprob = carry
-            cache, new, of_new = _feed_rows(program, network, state, cache, feeds, sampled, count)
-            return -1, cache, token.at[:count].set(new), logprob.at[:count].set(of_new)
-
-        carry = lax.while_loop(lambda carry, index=index: carry[0] == index, feed, carry)
-    _, cache, token, logprob = carry
-
+    with jax.named_scope("sample"):
+        token, logprob = sample_tokens(
+            logits,
+            noise,
+            requests.temperature[rows.request],
+            requests.top_k[rows.request],
+            requests.top_p[rows.request],
+            sampled,
+        )
     area = jnp.where(sampled, rows.area, len(state.tokens))
     return (
         replace(
@@ -206,47 +220,6 @@ def _decode_lane(
         token,
         sampled,
     )
-
-
-def _feed_rows(
-    program: Program,
-    network: _Network,
-    state: EngineState,
-    cache: SlotCache,
-    feeds: Bool[Array, "rows"],
-    sampled: Bool[Array, "rows"],
-    count: int,
-) -> tuple[SlotCache, Int32[Array, "count"], Float32[Array, "count"]]:
-    """Feeds one token of each of the first `count` rows and draws their next."""
-    rows = jax.tree.map(lambda field: field[:count], state.rows)
-    feeds, sampled = feeds[:count], sampled[:count]
-    # Rows that rest keep a position inside the cache; what they compute is dropped.
-    positions = jnp.minimum(rows.n_kv, program.context_len - 1)
-    tokens = state.tokens[rows.area, positions]
-    end = jnp.where(feeds, positions, 0).max() + 1
-
-    def attend(q, k, v, layer, cache):
-        cache = write_tokens(cache, layer, jnp.arange(count), positions, feeds, k, v)
-
-        def over(blocks: int):
-            return attend_rows(q, cache, layer, positions, blocks)
-
-        return _by_length(program, end, over), cache
-
-    with jax.named_scope("decode_lane"):
-        hidden, cache = network.hidden_states(tokens, positions, attend, cache)
-        logits = network.logits(hidden)
-
-    asked = jax.tree.map(lambda field: field[rows.request], state.requests)
-
-    def noise():
-        return token_noise(asked.key, rows.unit, rows.n_known, program.vocab)
-
-    with jax.named_scope("sample"):
-        token, logprob = sample_tokens(
-            logits, noise, asked.temperature, asked.top_k, asked.top_p, sampled
-        )
-    return cache, token, logprob
 
 
 def _end_threads(

@@ -110,7 +110,6 @@ class RolloutEngine:
           UserError: schema, model and sizes do not fit each other.
         """
         self.config, self.schema = config, schema
-        self._graphdef = graphdef
         self._model_config = _model_config(graphdef)
         _check_fit(self._model_config, schema, config)
         self._program = _program(self._model_config, schema, config)
@@ -149,10 +148,9 @@ class RolloutEngine:
         """
         for index, request in enumerate(requests):
             _check_request(index, request, self.config, self._model_config)
-        run = _Run(self, requests, on_finish)
         # The state is donated to every call: after a failure in between there is none.
         state, self.state = self.state, None
-        run.state = self._new_state() if state is None else state
+        run = _Run(self, self._new_state() if state is None else state, requests, on_finish)
         results = run.to_the_end(params)
         self.state = run.state
         return results
@@ -162,23 +160,26 @@ class _Run:
     """One call of `generate`: which request sits where."""
 
     def __init__(
-        self, engine: RolloutEngine, requests: Sequence[Request], on_finish: OnFinish | None
+        self,
+        engine: RolloutEngine,
+        state: EngineState,
+        requests: Sequence[Request],
+        on_finish: OnFinish | None,
     ) -> None:
-        self.engine, self.requests, self.on_finish = engine, requests, on_finish
+        self.engine, self.state = engine, state
+        self.requests, self.on_finish = requests, on_finish
         self.config, self.program = engine.config, engine._program
-        self.state: EngineState
         self.queue = collections.deque(range(len(requests)))
         self.running: dict[int, int] = {}  # request slot -> index of the request
         self.results: dict[int, Rollout] = {}
         self.free_rows = self.config.rows
-        self.first_step = 0
+        self.first_step = int(state.step)
         # A parent that waits for its threads holds a row: one row must be left for threads to run.
         spawning = any(r.mode == "parallel" and r.sampling.max_threads > 1 for r in requests)
         self.capacity = min(self.config.requests, self.config.rows - spawning)
 
     def to_the_end(self, params: Params) -> list[Rollout]:
         """Admits and collects until every request has its rollout."""
-        self.first_step = int(self.state.step)
         while self.queue or self.running:
             self._admit()
             # With requests in the queue a finished rollout should make room soon; at the end only
@@ -283,7 +284,6 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         prefill_rows=config.prefill_rows,
         prefill_chunk=config.prefill_chunk,
         prefill_min=1 if config.deterministic else LANE_MIN_TOKENS,
-        row_buckets=eval(__import__("os").environ.get("RB","None")) or (config.rows,),
         deterministic=config.deterministic,
         tokens=schema.fork_join,
         eos_id=schema.eos_id,

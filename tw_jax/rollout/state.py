@@ -57,7 +57,6 @@ class Program:
       prefill_rows: rows that the prefill lane feeds at once.
       prefill_chunk: tokens it feeds per row.
       prefill_min: pending tokens below which the lane rests and rows feed them one by one.
-      row_buckets: numbers of leading rows that a step may be cut down to, ascending, all last.
       deterministic: see `EngineConfig.deterministic`.
       tokens: the schema's forced tokens and triggers.
       eos_id: end of text.
@@ -77,7 +76,6 @@ class Program:
     prefill_rows: int
     prefill_chunk: int
     prefill_min: int
-    row_buckets: tuple[int, ...]
     deterministic: bool
     tokens: ForkJoinTokens
     eos_id: int
