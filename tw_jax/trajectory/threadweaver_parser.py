@@ -104,19 +104,21 @@ class _Cursor:
             )
 
     def number(self, start: int, end: int, kind: str) -> tuple[str, int]:
-        """Reads `[space] digits [. digits] :`; returns it and the index behind."""
-        text = ""
+        """Reads `[space] digits [. digits] [space] :`; returns it and the index behind."""
+        text, spaced = "", False
         for index in range(start, min(end, start + MAX_NUMBER_TOKENS)):
             token = int(self.tokens[index])
             if not 0 <= token < len(self.classes.digit):
                 break
-            if self.classes.digit[token] >= 0:
+            if self.classes.digit[token] >= 0 and not spaced:
                 text += str(int(self.classes.digit[token]))
-            elif self.classes.dot[token] and text:
+            elif self.classes.dot[token] and text and not spaced:
                 text += "."
             elif self.classes.colon[token] and text:
                 return text, index + 1
-            elif not (self.classes.space[token] and not text):
+            elif self.classes.space[token]:
+                spaced = bool(text)
+            else:
                 break
         raise _GrammarBreak(
             kind, start, "expected a number followed by ':' at the start of the item"
@@ -258,7 +260,14 @@ def _white_space_errors(
 
     wrong = [start for start, end in one_break if not is_break(start, end)]
     wrong += [start for start, end in nothing if start != end]
+    for outline in block.outlines:
+        inside = tokens[outline.start + 1 : outline.end - 1]
+        number = inside[: int(np.argmax(classes.colon[inside]))]
+        if classes.space[number].any():
+            wrong.append(outline.start + 1)
     for thread in block.threads:
+        if classes.space[tokens[thread.start + 2 : thread.body - 1]].any():
+            wrong.append(thread.start + 2)
         if not classes.line_end[tokens[thread.end - 2]]:
             wrong.append(thread.end - 1)
         if not classes.space_start[tokens[thread.body]]:
