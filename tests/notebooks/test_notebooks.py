@@ -20,7 +20,9 @@ def test_quickstart_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("TW_JAX_NOTEBOOK_OVERRIDES", f"run_dir={tmp_path / 'run'} {SMALL}")
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     notebook = nbformat.read(NOTEBOOKS / "01_quickstart.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    NotebookClient(
+        notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOKS)}}
+    ).execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
