@@ -102,11 +102,11 @@ class SFTConfig:
     task: TaskConfig = TaskConfig()
     data: SFTDataConfig = SFTDataConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=5e-3,
+        learning_rate=4e-3,
         final_learning_rate_fraction=0.05,
         warmup_steps=50,
         beta2=0.98,
-        weight_decay=0.01,
+        weight_decay=0.05,
     )
     memory: MemoryConfig = MemoryConfig()
     tracker: TrackerConfig = TrackerConfig()
