@@ -133,3 +133,16 @@ def test_dotted_and_two_digit_numbers(tokenizer, schema):
     assert [thread.number for thread in parsed.blocks[0].threads] == [str(i) for i in range(1, 13)]
     dotted = GOOD.replace("1: a", "1.2: a").replace("\n1: xx", "\n1.2: xx")
     assert schema.parse(ids_of(tokenizer, dotted)).blocks[0].threads[0].number == "1.2"
+
+
+def test_ids_beyond_the_tokenizer_are_text(tokenizer, schema):
+    ids = ids_of(tokenizer, GOOD)
+    for index in range(len(ids)):
+        padded = ids.copy()
+        padded[index] = len(tokenizer) + 3
+        parsed = schema.parse(padded)
+        if isinstance(parsed, Trajectory):
+            schema.validate(parsed)
+    inside = ids.copy()
+    inside[ids == tokenizer.convert_tokens_to_ids("x")] = len(tokenizer) + 3
+    assert schema.validate(schema.parse(inside)) == ()

@@ -199,10 +199,14 @@ def _outlines(cursor: _Cursor, start: int) -> tuple[tuple[OutlineSpan, ...], int
 def validate(trajectory: Trajectory, classes: TokenClasses) -> tuple[ParseError, ...]:
     """The strict format check of every block; empty when all are canonical."""
     errors: list[ParseError] = []
+    # A model whose vocabulary is padded can sample ids that the tokenizer does not know. They count
+    # as text, like the tag that stands in for them: neither digit, colon nor white space.
+    known = (trajectory.tokens >= 0) & (trajectory.tokens < len(classes.tag))
+    tokens = np.where(known, trajectory.tokens, np.argmax(classes.tag >= 0))
     for block in trajectory.blocks:
         errors += _numbering_errors(block)
-        errors += _white_space_errors(trajectory.tokens, block, classes)
-        errors += _emptiness_errors(trajectory.tokens, block, classes)
+        errors += _white_space_errors(tokens, block, classes)
+        errors += _emptiness_errors(tokens, block, classes)
     return tuple(errors)
 
 
