@@ -44,12 +44,14 @@ class RLStartConfig:
       every: SFT steps between tries.
       problems: held-out problems per try.
       accuracy: sampled accuracy that is good enough.
+      max_activation_ratio: largest share of parallel rollouts, so that RL has a style to choose.
     """
 
     from_step: int = 400
     every: int = 25
     problems: int = 128
     accuracy: float = 0.5
+    max_activation_ratio: float = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +163,15 @@ class _Quickstart:
             records, _ = self._evaluate(
                 model, params, "free", self.config.rl.sampling, self.config.rl_start.problems
             )
-            accuracy = summarize(records).accuracy
-            self.console.print(f"[dim]step {step}: sampled accuracy {accuracy:.2f}[/dim]")
-            if accuracy >= self.config.rl_start.accuracy:
+            tried = summarize(records)
+            self.console.print(
+                f"[dim]step {step}: sampled accuracy {tried.accuracy:.2f}, "
+                f"parallel in {tried.activation_ratio:.0%}[/dim]"
+            )
+            if (
+                tried.accuracy >= self.config.rl_start.accuracy
+                and tried.activation_ratio <= self.config.rl_start.max_activation_ratio
+            ):
                 save_model(start_dir, dataclasses.replace(model, step=step), params)
 
         model = new_model(self.sft.model, self.config.seed)
