@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import importlib
 import os
-import pathlib
 import sys
 import textwrap
 import traceback
@@ -143,7 +142,7 @@ def _load(verb: Verb) -> tuple[type, Callable[[Any], Any]]:
 def _split(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
     """Parts the words behind a verb into an optional YAML file and `key=value` overrides."""
     if folder_key := VERBS[verb].folder_key:
-        words = [f"{folder_key}={w}" if pathlib.Path(w).is_dir() else w for w in words]
+        words = [f"{folder_key}={w}" if _names_folder(w) else w for w in words]
     paths = [word for word in words if "=" not in word]
     for word in paths:
         if word.startswith("-"):
@@ -153,6 +152,11 @@ def _split(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
     if len(paths) > 1:
         raise UserError(f"one config file at most, but got {' and '.join(paths)}")
     return (paths[0] if paths else None), [word for word in words if "=" in word]
+
+
+def _names_folder(word: str) -> bool:
+    """Whether a word is neither option, setting nor YAML file."""
+    return not (word.startswith("-") or "=" in word or word.endswith((".yaml", ".yml")))
 
 
 def _overview() -> str:

@@ -112,6 +112,37 @@ def test_a_checkpoint_of_another_model_is_refused(uninterrupted, tmp_path):
         run_sft(config_in(folder, seed=5))
 
 
+def test_resuming_with_other_data_is_refused_and_keeps_the_old_configuration(uninterrupted):
+    folder, _ = uninterrupted
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match="parallel_share"):
+        data = dataclasses.replace(SMALL.data, parallel_share=0.25)
+        run_sft(config_in(folder, steps=20, data=data))
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_running_out_of_data_is_said(tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    export_task(make_task(TaskConfig()), "train", 4, 0, 1.0, path)
+    data = dataclasses.replace(SMALL.data, files=(str(path),), epochs=1)
+    assert run_sft(config_in(tmp_path / "run", data=data)).model.step < 12
+    assert "The data ended after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "field", ["steps", "gradient_accumulation", "log_every", "eval_every", "checkpoint_every"]
+)
+def test_counts_must_be_positive(field):
+    with pytest.raises(ValueError, match=f"{field}=0: must be at least 1"):
+        dataclasses.replace(SMALL, **{field: 0})
+
+
+def test_data_settings_are_checked():
+    for field, value in (("window", 0), ("rows", 0), ("parallel_share", 2.0)):
+        with pytest.raises(ValueError, match=field):
+            dataclasses.replace(SMALL.data, **{field: value})
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(tmp_path):
     folder = tmp_path / "run"

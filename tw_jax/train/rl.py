@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax.config_checks import require_at_least, require_seed
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
 from tw_jax.data.text import encode_prompt
@@ -40,6 +41,7 @@ from tw_jax.train.run_dir import (
     checkpoints_dir,
     load_run,
     prepare_run_dir,
+    write_config,
 )
 from tw_jax.train.scoring import token_logprobs
 from tw_jax.train.state import init_train_state
@@ -99,6 +101,9 @@ class RLConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        require_at_least(self, steps=0, prompts=1, row_len=1, rows=1)
+        require_at_least(self, checkpoint_every=1, keep_checkpoints=1)
+        require_seed(self)
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size}: a group mean needs at least 2")
         if not 1 <= self.updates_per_step <= self.prompts:
@@ -136,7 +141,7 @@ def run_rl(config: RLConfig) -> RLResult:
     """
     began = time.monotonic()
     model = load_run(config.init_from, config.init_step)
-    run_dir = prepare_run_dir(config.run_dir, config, model.tokenizer)
+    run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     task = make_task(config.task)
     engine = RolloutEngine(model.graphdef, model.schema, config.engine)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -147,7 +152,14 @@ def run_rl(config: RLConfig) -> RLResult:
     # The update donates its state; the reference and the loaded model must survive it.
     own_params = jax.tree.map(jnp.copy, model.params)
     state = jax.jit(lambda params: init_train_state(params, optimizer))(own_params)
-    meta = checkpoint_meta(model.config, model.schema, seed=config.seed)
+    meta = checkpoint_meta(
+        model.config,
+        model.schema,
+        seed=config.seed,
+        task=dataclasses.asdict(config.task),
+        prompts=config.prompts,
+        group_size=config.group_size,
+    )
     largest = 0.0
     with (
         Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
@@ -155,6 +167,8 @@ def run_rl(config: RLConfig) -> RLResult:
     ):
         if checkpointer.latest_step() is not None:
             state, _, _ = checkpointer.restore(state, expected_meta=meta)
+            print(f"{run_dir}: going on from a checkpoint")
+        write_config(run_dir, config)
         step = start = int(state.step) // config.updates_per_step
         with (
             make_tracker(config.tracker, run_dir, resume_step=start) as tracker,
@@ -195,6 +209,7 @@ def run_rl(config: RLConfig) -> RLResult:
                 checkpointer.save(step, state, data_state=None, meta=meta)
     if interrupt.requested:
         print(f"Stopped at step {step} and saved. Run the same command again to go on.")
+    print(f"{run_dir}: step {step}, checkpoint saved")
     return RLResult(
         model=dataclasses.replace(model, params=state.params, step=step),
         max_logprob_abs_diff=largest,

@@ -9,8 +9,9 @@ runs/NAME/
 """
 
 import dataclasses
+import json
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -41,7 +42,7 @@ class ModelConfig:
     preset: str = "tiny"
     tokenizer: str = "character"
     schema: str = "threadweaver"
-    compute_dtype: str = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def qwen3(self) -> Qwen3Config:
         """The architecture.
@@ -55,7 +56,15 @@ class ModelConfig:
 
     def load_tokenizer(self) -> Any:
         """The tokenizer."""
-        return load_tokenizer(TOKENIZER_DIR if self.tokenizer == "character" else self.tokenizer)
+        return _tokenizer_in(TOKENIZER_DIR if self.tokenizer == "character" else self.tokenizer)
+
+
+def _tokenizer_in(folder: str | pathlib.Path) -> Any:
+    try:
+        return load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: no usable Hugging Face tokenizer there ({reason})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +113,13 @@ def has_checkpoint(run_dir: str | pathlib.Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
-def prepare_run_dir(run_dir: str | pathlib.Path, config: Any, tokenizer: Any) -> pathlib.Path:
-    """Creates the folder with the resolved configuration and the tokenizer.
+def write_config(run_dir: pathlib.Path, config: Any) -> None:
+    """Writes the resolved configuration, once it is known to fit what the folder holds."""
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+
+def prepare_run_dir(run_dir: str | pathlib.Path, tokenizer: Any) -> pathlib.Path:
+    """Creates the folder with the tokenizer.
 
     Raises:
       UserError: the folder cannot be written.
@@ -113,7 +127,6 @@ def prepare_run_dir(run_dir: str | pathlib.Path, config: Any, tokenizer: Any) ->
     path = pathlib.Path(run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tokenizer.save_pretrained(str(path / "tokenizer"))
     except OSError as error:
         raise UserError(f"run_dir {path}: cannot write ({error})") from error
@@ -122,7 +135,8 @@ def prepare_run_dir(run_dir: str | pathlib.Path, config: Any, tokenizer: Any) ->
 
 def checkpoint_meta(config: Qwen3Config, schema: Schema, **extra: Any) -> dict[str, Any]:
     """What every checkpoint says of its model, so that `load_run` needs nothing else."""
-    return {"model": dataclasses.asdict(config), "schema": schema.name, **extra}
+    meta = {"model": dataclasses.asdict(config), "schema": schema.name, **extra}
+    return json.loads(json.dumps(meta))  # as it will be read back: tuples are lists
 
 
 def save_model(run_dir: str | pathlib.Path, model: LoadedModel, params: qwen3.Params) -> None:
@@ -153,7 +167,7 @@ def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedMode
         )
     params, meta, loaded_step = restore_params(checkpoints_dir(path), step)
     config = Qwen3Config(**meta["model"])
-    tokenizer = load_tokenizer(path / "tokenizer")
+    tokenizer = _tokenizer_in(path / "tokenizer")
     return LoadedModel(
         graphdef=qwen3.graphdef(config),
         params=params,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tw_jax.config_checks import require_at_least, require_seed, require_share
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.data.packing import LossWeights, WeightedTrie
 from tw_jax.data.pipeline import RandomAccess, packed_batches
@@ -38,6 +39,7 @@ from tw_jax.train.run_dir import (
     checkpoints_dir,
     new_model,
     prepare_run_dir,
+    write_config,
 )
 from tw_jax.train.state import init_train_state
 from tw_jax.train.tracker import TrackerConfig, make_tracker
@@ -71,6 +73,10 @@ class SFTDataConfig:
     loss: LossWeights = LossWeights()
     heldout_batches: int = 4
     heldout_files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_at_least(self, row_len=1, rows=1, window=1, epochs=1, heldout_batches=0)
+        require_share(self, "parallel_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +121,11 @@ class SFTConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
 
+    def __post_init__(self) -> None:
+        require_at_least(self, steps=1, gradient_accumulation=1, log_every=1)
+        require_at_least(self, eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+        require_seed(self)
+
 
 # Called after a step with the step number and the parameters; levanter's "hooks every n".
 Hook = Callable[[int, Any], None]
@@ -149,7 +160,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     """
     began = time.monotonic()
     model = new_model(config.model, config.seed)
-    run_dir = prepare_run_dir(config.run_dir, config, model.tokenizer)
+    run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     batches = iter(training_batches(config, model))
     heldout = heldout_batches(config, model)
 
@@ -160,7 +171,15 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     heldout_sums = jax.jit(lambda params, batch: sum_loss(params, batch)[1])
 
     state = jax.jit(lambda params: init_train_state(params, optimizer))(model.params)
-    meta = checkpoint_meta(model.config, model.schema, seed=config.seed)
+    # A checkpoint goes on only with the data it was trained on; its position means nothing else.
+    meta = checkpoint_meta(
+        model.config,
+        model.schema,
+        seed=config.seed,
+        task=dataclasses.asdict(config.task),
+        data=dataclasses.asdict(config.data),
+        gradient_accumulation=config.gradient_accumulation,
+    )
     heldout_loss = float("nan")
     with (
         Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
@@ -169,7 +188,9 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
         if checkpointer.latest_step() is not None:
             state, data_state, _ = checkpointer.restore(state, expected_meta=meta)
             batches.set_state(data_state)
+            print(f"{run_dir}: going on from step {int(state.step)} of {config.steps}")
         step = int(state.step)
+        write_config(run_dir, config)
 
         def save() -> None:
             checkpointer.save(step, state, data_state=batches.get_state(), meta=meta)
@@ -210,8 +231,19 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
                         hook(step, state.params)
             if step > saved:
                 save()
+    if step == 0:
+        raise UserError("data: there is not enough for one step; add files or lower data.rows")
     if interrupt.requested:
         print(f"Stopped at step {step} and saved. Run the same command again to go on.")
+    elif step < config.steps:
+        print(f"The data ended after {step} of {config.steps} steps; data.epochs sets the passes.")
+    skipped = int(state.skipped_updates)
+    if skipped:
+        print(
+            f"Warning: {skipped} of {step} updates were skipped because a gradient was not finite; "
+            "lower optimizer.learning_rate"
+        )
+    print(f"{run_dir}: step {step}, checkpoint saved")
     return SFTResult(
         model=dataclasses.replace(model, params=state.params, step=step),
         heldout_loss=heldout_loss,

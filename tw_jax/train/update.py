@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32
 
+from tw_jax.config_checks import require_at_least
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.qwen3 import Params
 from tw_jax.train.objective import ObjectiveConfig, policy_loss
@@ -40,6 +41,9 @@ class MemoryConfig:
 
     remat: bool = False
     head_chunk: int = 4096
+
+    def __post_init__(self) -> None:
+        require_at_least(self, head_chunk=1)
 
 
 def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig) -> SumLoss:
