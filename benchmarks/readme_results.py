@@ -22,7 +22,7 @@ def results_block() -> str:
         "`make quickstart` on two CPU cores, 512 held-out problems per style, one column per seed.",
         "The first column is the seed in the config; RL starts from an earlier SFT checkpoint that",
         "still makes mistakes. The runs shared the two cores with each other and with other work;",
-        "a run alone takes fewer minutes.",
+        "no run alone on the machine has been timed yet.",
         "",
         "| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |",
         "|---|" + "---|" * len(runs),
