@@ -15,6 +15,7 @@ SMALL = [
     "rl_start.every=20",
     "rl_start.problems=4",
     "rl_start.accuracy=0.0",
+    "rl_start.min_activation_ratio=0.0",
     "rl_start.max_activation_ratio=1.0",
     "rl.steps=2",
     "rl.prompts=2",

@@ -44,13 +44,16 @@ class RLStartConfig:
       every: SFT steps between tries.
       problems: held-out problems per try.
       accuracy: sampled accuracy that is good enough.
-      max_activation_ratio: largest share of parallel rollouts, so that RL has a style to choose.
+      min_activation_ratio: smallest share of parallel rollouts. The share swings from step to step
+        while the learning rate is high; RL should have both styles to choose from.
+      max_activation_ratio: largest share of parallel rollouts.
     """
 
     from_step: int = 400
     every: int = 25
     problems: int = 128
     accuracy: float = 0.5
+    min_activation_ratio: float = 0.4
     max_activation_ratio: float = 0.6
 
 
@@ -158,20 +161,21 @@ class _Quickstart:
         start_dir = self.root / "rl_start"
 
         def try_start(step: int, params: Any) -> None:
-            if step < self.config.rl_start.from_step or has_checkpoint(start_dir):
+            start = self.config.rl_start
+            if step < start.from_step or has_checkpoint(start_dir):
                 return
             records, _ = self._evaluate(
-                model, params, "free", self.config.rl.sampling, self.config.rl_start.problems
+                model, params, "free", self.config.rl.sampling, start.problems
             )
             tried = summarize(records)
             self.console.print(
                 f"[dim]step {step}: sampled accuracy {tried.accuracy:.2f}, "
                 f"parallel in {tried.activation_ratio:.0%}[/dim]"
             )
-            if (
-                tried.accuracy >= self.config.rl_start.accuracy
-                and tried.activation_ratio <= self.config.rl_start.max_activation_ratio
-            ):
+            both_styles = (
+                start.min_activation_ratio <= tried.activation_ratio <= start.max_activation_ratio
+            )
+            if tried.accuracy >= start.accuracy and both_styles:
                 save_model(start_dir, dataclasses.replace(model, step=step), params)
 
         model = new_model(self.sft.model, self.config.seed)

@@ -112,7 +112,7 @@ class SFTConfig:
         final_learning_rate_fraction=0.05,
         warmup_steps=50,
         beta2=0.98,
-        weight_decay=0.05,
+        weight_decay=0.1,
     )
     memory: MemoryConfig = MemoryConfig()
     tracker: TrackerConfig = TrackerConfig()
