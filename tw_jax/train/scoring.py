@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.kernels import plan_tiles, tree_attention
 from tw_jax.models.qwen3 import Params, Qwen3
+from tw_jax.models.remat import Remat
 
 
 def token_logprobs(
@@ -23,7 +24,7 @@ def token_logprobs(
     batch: PackedBatch,
     *,
     head_chunk: int,
-    remat: bool,
+    remat: Remat,
 ) -> Float32[Array, "rows row_len"]:
     """Log-probability of every token given its path from the root.
 
@@ -36,7 +37,7 @@ def token_logprobs(
       batch: packed rows.
       head_chunk: tokens whose logits exist at the same time, over all rows; rounded down to whole
         columns of the batch, at least one. A batch that fits into one chunk is not looped over.
-      remat: recompute layers in the backward pass instead of keeping their activations.
+      remat: what the backward pass keeps of each layer (`tw_jax.models.remat`).
 
     Returns:
       `log p(tokens[i] | path to i)`; 0 for roots and padding, which nothing predicts.
