@@ -272,12 +272,15 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
     window = _window(convolution)
     positions = 1
     for spatial in [label for label in out_labels if label.isdigit()]:
-        positions *= _valid_positions(
-            window,
-            int(spatial),
-            image[image_labels.index(spatial)],
-            kernel[kernel_labels.index(spatial)],
-            out[out_labels.index(spatial)],
+        dim = int(spatial)
+        positions *= valid_positions(
+            image=image[image_labels.index(spatial)],
+            kernel=kernel[kernel_labels.index(spatial)],
+            out=out[out_labels.index(spatial)],
+            stride=int(window["stride"][dim]) if "stride" in window else 1,
+            spread=int(window["lhs_dilate"][dim]) if "lhs_dilate" in window else 1,
+            reach=int(window["rhs_dilate"][dim]) if "rhs_dilate" in window else 1,
+            low=int(window["pad"][dim].split("_")[0]) if "pad" in window else 0,
         )
     batch_groups = int(convolution.attribute("batch_group_count") or 1)
     pairs = kernel[kernel_labels.index("i")] * kernel[kernel_labels.index("o")]
@@ -291,16 +294,20 @@ def _window(convolution: Instruction) -> dict[str, list[str]]:
     return {name: value.split("x") for name, value in fields.items()}
 
 
-def _valid_positions(
-    window: Mapping[str, list[str]], dim: int, image: int, kernel: int, out: int
+def valid_positions(
+    *, image: int, kernel: int, out: int, stride: int, spread: int, reach: int, low: int
 ) -> int:
-    """(output, kernel) positions of one spatial dimension that meet an element of the image."""
+    """(output, kernel) positions of one spatial dimension that meet an element of the image.
 
-    def of(name: str, default: int) -> int:
-        return int(window[name][dim]) if name in window else default
-
-    stride, spread, reach = of("stride", 1), of("lhs_dilate", 1), of("rhs_dilate", 1)
-    low = int(window["pad"][dim].split("_")[0]) if "pad" in window else 0
+    Args:
+      image: size of the image.
+      kernel: size of the kernel.
+      out: size of the result.
+      stride: image positions between outputs.
+      spread: dilation of the image.
+      reach: dilation of the kernel.
+      low: padding before the image.
+    """
     valid = 0
     for place in range(out):
         for tap in range(kernel):
