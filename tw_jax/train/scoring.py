@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from tw_jax.data.packed_batch import PackedBatch
-from tw_jax.kernels import plan_tiles, tree_attention
 from tw_jax.models.qwen3 import Params, Qwen3
+from tw_jax.parallel.attention import plan_tiles_on, tree_attention_on
+from tw_jax.parallel.layout import Layout
 
 
 def token_logprobs(
@@ -24,6 +25,7 @@ def token_logprobs(
     *,
     head_chunk: int,
     remat: bool,
+    layout: Layout | None = None,
 ) -> Float32[Array, "rows row_len"]:
     """Log-probability of every token given its path from the root.
 
@@ -37,6 +39,7 @@ def token_logprobs(
       head_chunk: tokens whose logits exist at the same time, over all rows; rounded down to whole
         columns of the batch, at least one. A batch that fits into one chunk is not looped over.
       remat: recompute layers in the backward pass instead of keeping their activations.
+      layout: how batch and activations lie on a mesh; None on one device.
 
     Returns:
       `log p(tokens[i] | path to i)`; 0 for roots and padding, which nothing predicts.
@@ -50,11 +53,11 @@ def token_logprobs(
     hidden_intervals = None
     if batch.hidden_start.shape[0]:
         hidden_intervals = (batch.hidden_start, batch.hidden_end)
-    plan = plan_tiles(batch.visible_end, hidden_intervals)
+    plan = plan_tiles_on(layout, batch.visible_end, hidden_intervals)
 
     def attend(q, k, v, layer, carry):
         del layer
-        out = tree_attention(q, k, v, batch.visible_end, hidden_intervals, plan=plan)
+        out = tree_attention_on(layout, q, k, v, batch.visible_end, hidden_intervals, plan)
         return out, carry
 
     hidden, _ = model.hidden_states(batch.tokens, batch.positions, attend, remat=remat)
