@@ -1,0 +1,56 @@
+"""Small published checkpoints for tests: written by `safetensors`, not by the code under test."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+
+from tw_jax.models import Params
+
+
+def named_tensors(params: Params) -> dict[str, np.ndarray]:
+    """Parameters as published tensors; written out by hand, independently of the table."""
+    layers, tensors = params["layers"], {}
+    tensors["model.embed_tokens.weight"] = params["embed_tokens"]["embedding"]
+    tensors["model.norm.weight"] = params["norm"]["scale"]
+    if "lm_head" in params:
+        tensors["lm_head.weight"] = params["lm_head"]["kernel"].T
+    for i in range(len(layers["input_layernorm"]["scale"])):
+        at = f"model.layers.{i}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{at}.{norm}.weight"] = layers[norm]["scale"][i]
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            tensors[f"{at}.self_attn.{part}.weight"] = layers["self_attn"][part]["kernel"][i].T
+        for norm in ("q_norm", "k_norm"):
+            tensors[f"{at}.self_attn.{norm}.weight"] = layers["self_attn"][norm]["scale"][i]
+        mlp = layers["mlp"]
+        if "router" in mlp:
+            tensors[f"{at}.mlp.gate.weight"] = mlp["router"]["kernel"][i].T
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                for e, kernel in enumerate(mlp["experts"][part]["kernel"][i]):
+                    tensors[f"{at}.mlp.experts.{e}.{part}.weight"] = kernel.T
+        else:
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                tensors[f"{at}.mlp.{part}.weight"] = mlp[part]["kernel"][i].T
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def write_shards(
+    folder: pathlib.Path, tensors: Mapping[str, np.ndarray], shards: int = 1
+) -> pathlib.Path:
+    """Writes tensors as one file, or as several with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if shards == 1:
+        safetensors.numpy.save_file(dict(tensors), folder / "model.safetensors")
+        return folder
+    names, weight_map = sorted(tensors), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        safetensors.numpy.save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
