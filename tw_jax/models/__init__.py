@@ -1,6 +1,14 @@
 """Qwen3 in Flax NNX, its size presets and checkpoint formats."""
 
-from tw_jax.models.config import PRESETS, Qwen3Config, check_positions, preset
+from tw_jax.models.config import (
+    PRESETS,
+    MixtureOfExperts,
+    Qwen3Config,
+    RopeScaling,
+    check_positions,
+    preset,
+)
+from tw_jax.models.hf_config import config_from_hf, config_to_hf
 from tw_jax.models.qwen3 import (
     Attend,
     Params,
@@ -14,10 +22,14 @@ from tw_jax.models.qwen3 import (
 __all__ = [
     "PRESETS",
     "Attend",
+    "MixtureOfExperts",
     "Params",
     "Qwen3",
     "Qwen3Config",
+    "RopeScaling",
     "check_positions",
+    "config_from_hf",
+    "config_to_hf",
     "graphdef",
     "head_matrix",
     "init_params",
