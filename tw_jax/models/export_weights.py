@@ -216,7 +216,7 @@ def _write_tensor(
 
 
 def _write_all(descriptor: int, block: np.ndarray, at: int) -> None:
-    view = memoryview(block.view(np.uint8).reshape(-1))
+    view = block.view(np.uint8).reshape(-1).data
     while view:
         written = os.pwrite(descriptor, view, at)
         view, at = view[written:], at + written

@@ -99,9 +99,7 @@ def _plan(
     return plan
 
 
-def _check_tensor(
-    folder: WeightFolder, tensors: Mapping[str, TensorEntry], piece: Piece
-) -> None:
+def _check_tensor(folder: WeightFolder, tensors: Mapping[str, TensorEntry], piece: Piece) -> None:
     entry = tensors.get(piece.tensor)
     if entry is None:
         hint = "; config.json says tie_word_embeddings: false" if piece.tensor == _HEAD else ""
@@ -161,14 +159,13 @@ class _Parameter:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def load(
-        self, sharding: jax.sharding.Sharding, pool: concurrent.futures.Executor
-    ) -> jax.Array:
+    def load(self, sharding: jax.sharding.Sharding, pool: concurrent.futures.Executor) -> jax.Array:
         """Fills a buffer for each distinct slice on this host, and puts it on its devices."""
         slices = sharding.addressable_devices_indices_map(self.shape).values()
-        bounds = {_bounds(index, self.shape) for index in slices if index is not None}
-        buffers = {b: aligned_empty(tuple(stop - start for start, stop in b), self.dtype)
-                   for b in bounds}  # fmt: skip
+        buffers: dict[Bounds, np.ndarray] = {}
+        for bounds in {_bounds(index, self.shape) for index in slices}:
+            size = tuple(stop - start for start, stop in bounds)
+            buffers[bounds] = aligned_empty(size, self.dtype)
         for _ in pool.map(lambda block: self._read(block, buffers), self._blocks()):
             pass  # raises what the thread raised
         array = jax.make_array_from_callback(
@@ -228,8 +225,9 @@ def _published(piece: Piece, bounds: Bounds) -> tuple[tuple[int, int], tuple[int
     return matrix[0], (matrix[1] if len(matrix) > 1 else (0, 1))
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
     """A device's slice, written out."""
+    index = index or (slice(None),) * len(shape)
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 

@@ -128,13 +128,11 @@ def pieces_of(path: str, shape: tuple[int, ...], present: Collection[str] = ()) 
     found = []
     for stack in itertools.product(*map(range, shape[: rule.stacked_axes])):
         places = dict(zip(("layer", "expert"), stack, strict=False))
-        fused = rule.fused.name.format(**places) if rule.fused else None
-        if rule.fused and fused in present:
-            experts, rows = shape[1], matrix[0] * rule.fused.parts
+        tensor, tensor_shape, first_row = rule.name.format(**places), matrix, 0
+        if rule.fused and (fused := rule.fused.name.format(**places)) in present:
+            rows = matrix[0] * rule.fused.parts
+            tensor, tensor_shape = fused, (shape[1], rows, *matrix[1:])
             first_row = stack[1] * rows + rule.fused.part * matrix[0]
-            tensor, tensor_shape = fused, (experts, rows, *matrix[1:])
-        else:
-            tensor, tensor_shape, first_row = rule.name.format(**places), matrix, 0
         piece = Piece(stack, tensor, tensor_shape, first_row, matrix[0], rule.transpose)
         found.append(piece)
     return found
