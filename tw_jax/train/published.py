@@ -98,6 +98,14 @@ def tokenizer_in(folder: str | pathlib.Path, name: str = "") -> Any:
     Raises:
       UserError: there is no usable Hugging Face tokenizer.
     """
+    files = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    # Beside a config.json, transformers would make up an empty tokenizer without a word.
+    if pathlib.Path(folder).is_dir() and not any(
+        (pathlib.Path(folder) / f).exists() for f in files
+    ):
+        raise UserError(
+            f"{name or folder}: no usable Hugging Face tokenizer there (no {' or '.join(files)})"
+        )
     try:
         return load_tokenizer(folder)
     except (OSError, ValueError) as error:

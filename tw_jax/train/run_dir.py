@@ -91,6 +91,11 @@ def new_model(config: ModelConfig, seed: int) -> LoadedModel:
         return _fresh_model(config, seed)
     if has_checkpoint(config.source):
         return _model_of_run(config)
+    if "/" not in config.source and not pathlib.Path(config.source).exists():
+        raise UserError(
+            f"model.source: {config.source!r} is no preset ({', '.join(PRESETS)}) and no folder "
+            "here; a hub id has an owner, as in Qwen/Qwen3-8B"
+        )
     published = load_published(
         config.source,
         tokenizer=None if config.tokenizer == "auto" else _tokenizer_folder(config.tokenizer),
