@@ -1,7 +1,7 @@
 """A small byte-level BPE tokenizer of Qwen's kind, without control tags."""
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 _TEXT = (
     "Parallel threads outline what they think; the Thread outlines lines in Parallel. 1: 2: " * 4
@@ -11,6 +11,7 @@ _TEXT = (
 def bpe_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """300 pieces at most, of which three are special."""
     backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
