@@ -85,7 +85,11 @@ def test_remat_changes_no_gradient():
         def loss(params, **options):
             return jnp.mean(forward(SMALL, params, tokens, **options) ** 2)
 
-        options = ({}, {"remat": True}, {"remat": True, "unroll": True})
+        options = [{}] + [
+            {"remat": remat, "unroll": unroll}
+            for remat in ("dots", "block", "full", "offload")
+            for unroll in (False, True)
+        ]
         return [jax.grad(lambda p, o=o: loss(p, **o))(params) for o in options]
 
     expected, *others = gradients(params)
@@ -203,7 +207,7 @@ def test_bad_configs_name_the_field():
         preset("tiny", compute_dtype="int8")
     with pytest.raises(ValueError, match="rope_theta=0"):
         preset("tiny", rope_theta=0)
-    with pytest.raises(ValueError, match="choose one of tiny, qwen3-0.6b"):
+    with pytest.raises(ValueError, match="choose one of tiny, tiny-moe, qwen3-0.6b"):
         preset("qwen3-9b")
     with pytest.raises(ValueError, match="no model field depth"):
         preset("tiny", depth=2)

@@ -91,7 +91,7 @@ class _Fields:
                 return absent[0]
             raise UserError(f"{self.origin}: {self.prefix}{name} is missing; expected {kind}")
         value = self.left.pop(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = not isinstance(value, bool) and isinstance(value, int | float)
         fits = {
             "a whole number": isinstance(value, int) and number,
             "a number": number,
@@ -103,7 +103,7 @@ class _Fields:
             return None
         if not fits[kind]:
             raise self.wrong(name, value, kind)
-        return float(value) if kind == "a number" else value
+        return float(value) if kind == "a number" and value is not None else value
 
     def require(self, allowed: Mapping[str, tuple[Any, ...]]) -> None:
         """Drops fields that must have certain values.
