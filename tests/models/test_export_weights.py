@@ -14,17 +14,24 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tests.models.published import named_tensors
+from tests.models.published import EXPERTS, named_tensors, random_params
 from tests.models.qwen3_reference import SMALL, seeded_params
 from tests.small_tokenizer import bpe_tokenizer
 from tw_jax.errors import UserError
 from tw_jax.models import Params, Qwen3Config, graphdef
 from tw_jax.models.export_weights import export_model
+from tw_jax.models.hf_config import config_from_hf, config_to_hf
 from tw_jax.models.import_weights import load_params
+from tw_jax.models.safetensors_file import read_json
+from tw_jax.models.weight_location import open_folder
 
 TIED = dataclasses.replace(SMALL, vocab_size=320)
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False, rope_theta=1e6)
-CONFIGS = {"tied": TIED, "untied": UNTIED}
+CONFIGS = {
+    "tied": TIED,
+    "untied": UNTIED,
+    "experts": dataclasses.replace(EXPERTS, vocab_size=320),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def test_transformers_computes_the_same(name: str, tokenizer: Any, tmp_path: pat
     torch = pytest.importorskip("torch", reason="transformers computes with torch")
     import transformers
 
-    config, params = CONFIGS[name], on_device(seeded_params(CONFIGS[name]))
+    config, params = CONFIGS[name], on_device(random_params(CONFIGS[name]))
     export_model(tmp_path / "out", params, config, tokenizer, max_shard_bytes=60_000)
     torch.set_num_threads(1)
     theirs, problems = transformers.AutoModelForCausalLM.from_pretrained(
@@ -81,12 +88,40 @@ def test_transformers_computes_the_same(name: str, tokenizer: Any, tmp_path: pat
     assert ours[0].tolist() == generated.tolist()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_transformers_writes_is_read(name: str, tmp_path: pathlib.Path) -> None:
+    """The other direction: its own folder, loaded here, computes what it computed there."""
+    torch = pytest.importorskip("torch", reason="transformers computes with torch")
+    import transformers
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    fields = config_to_hf(CONFIGS[name])
+    settings = transformers.AutoConfig.for_model(**fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"), max_shard_size="50KB")
+    folder = open_folder(str(tmp_path / "theirs"))
+    config = config_from_hf(
+        read_json(folder, "config.json"),
+        origin="config.json",
+        param_dtype="float32",
+        compute_dtype="float32",
+    )
+    assert config == CONFIGS[name]
+    tokens = np.random.default_rng(0).integers(0, 320, (2, 24))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    found = our_logits(config, load_params(folder, config), tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["untied", "experts"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16", "float16"])
 def test_there_and_back_no_bit_changes(
-    param_dtype: str, tokenizer: Any, tmp_path: pathlib.Path
+    name: str, param_dtype: str, tokenizer: Any, tmp_path: pathlib.Path
 ) -> None:
-    config = dataclasses.replace(UNTIED, param_dtype=param_dtype)
-    params = on_device(seeded_params(config), param_dtype)
+    config = dataclasses.replace(CONFIGS[name], param_dtype=param_dtype)
+    params = on_device(random_params(config), param_dtype)
     first, second = tmp_path / "first", tmp_path / "second"
     export_model(first, params, config, tokenizer)
     again = load_params(str(first), config)

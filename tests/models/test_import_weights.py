@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.published import named_tensors, write_shards
+from tests.models.published import EXPERTS, fused, named_tensors, random_params, write_shards
 from tests.models.qwen3_reference import CASES, SMALL, seeded_params
 from tw_jax.errors import UserError
 from tw_jax.models.config import PRESETS
-from tw_jax.models.import_weights import abstract_params, load_params
+from tw_jax.models.import_weights import load_params
+from tw_jax.models.qwen3 import abstract_params
 from tw_jax.models.safetensors_file import list_tensors
 from tw_jax.models.weight_location import LocalFolder, open_folder
 from tw_jax.models.weight_names import RULES, pieces_of
@@ -44,6 +45,20 @@ def test_parameters_come_back(name: str, shards: int, tmp_path: pathlib.Path) ->
     config, params = CASES[name], seeded_params(CASES[name])
     folder = write_shards(tmp_path / "model", named_tensors(params), shards)
     same(load_params(str(folder), config), params)
+
+
+@pytest.mark.parametrize("layout", ["published", "fused", "mixed"])
+def test_experts_are_stacked(layout: str, tmp_path: pathlib.Path) -> None:
+    """One tensor per expert as published, fused ones as in memory, or a layer of each."""
+    params = random_params(EXPERTS)
+    tensors = named_tensors(params)
+    if layout == "fused":
+        tensors = fused(tensors, EXPERTS)
+    elif layout == "mixed":
+        second = {n: t for n, t in fused(tensors, EXPERTS).items() if "layers.1.mlp.exp" in n}
+        tensors = {n: t for n, t in tensors.items() if "layers.1.mlp.exp" not in n} | second
+    folder = write_shards(tmp_path / "model", tensors, shards=2)
+    same(load_params(str(folder), EXPERTS), params)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -184,8 +199,10 @@ import collections, dataclasses, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from jax.sharding import NamedSharding, PartitionSpec as P
+from tests.models.published import EXPERTS, random_params
 from tests.models.qwen3_reference import CASES, seeded_params
-from tw_jax.models.import_weights import abstract_params, load_params
+from tw_jax.models.import_weights import load_params
+from tw_jax.models.qwen3 import abstract_params
 from tw_jax.models.safetensors_file import list_tensors
 from tw_jax.models.weight_location import LocalFolder, open_folder
 
@@ -197,14 +214,20 @@ class Recording(LocalFolder):
         return super().read(file, start, stop)
 
 config = dataclasses.replace(CASES["untied"], vocab_size=64, num_hidden_layers=4)
+expected = seeded_params(config)
+if "experts" in sys.argv[1]:
+    moe = dataclasses.replace(EXPERTS.moe, num_experts=4)
+    config = dataclasses.replace(EXPERTS, vocab_size=64, num_hidden_layers=4, moe=moe)
+    expected = random_params(config)
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
-specs = {1: P(None), 2: P("fsdp", "tensor"), 3: P("data", "fsdp", "tensor")}
+specs = {1: P(None), 2: P("fsdp", "tensor"), 3: P("data", "fsdp", "tensor"),
+    4: P(None, "data", "fsdp", "tensor")}
 place = lambda leaf: NamedSharding(mesh, specs[len(leaf.shape)])
 shardings = jax.tree.map(place, abstract_params(config))
 shardings["layers"]["self_attn"]["q_proj"]["kernel"] = NamedSharding(mesh, P(None, None, "tensor"))
 folder = Recording(open_folder(sys.argv[1]).path)
 loaded = load_params(folder, config, shardings)
-jax.tree.map(np.testing.assert_array_equal, loaded, seeded_params(config))
+jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding == s, loaded, shardings)))
 for entry in list_tensors(open_folder(sys.argv[1])).values():
     inside = sorted(r for r in folder.taken[entry.file] if entry.start <= r[0] < entry.stop)
@@ -214,9 +237,17 @@ print("same")
 """
 
 
-def test_every_byte_is_read_once_for_all_devices(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("kind", ["dense", "experts", "experts_fused"])
+def test_every_byte_is_read_once_for_all_devices(kind: str, tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(CASES["untied"], vocab_size=64, num_hidden_layers=4)
-    folder = write_shards(tmp_path / "model", named_tensors(seeded_params(config)), 2)
+    tensors = named_tensors(seeded_params(config))
+    if kind != "dense":
+        moe = dataclasses.replace(EXPERTS.moe, num_experts=4)
+        config = dataclasses.replace(EXPERTS, vocab_size=64, num_hidden_layers=4, moe=moe)
+        tensors = named_tensors(random_params(config))
+    if kind == "experts_fused":
+        tensors = fused(tensors, config)
+    folder = write_shards(tmp_path / kind, tensors, 2)
     done = run_script(f"import sys; sys.argv = ['', {str(folder)!r}]\n{SHARDED_SCRIPT}")
     assert done.stdout.endswith("same\n"), done.stderr
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ def enlarge_vocabulary(
     config: Qwen3Config,
     rows: int,
     new_rows: Mapping[int, Sequence[int]],
+    shardings: Any = None,
 ) -> tuple[qwen3.Params, Qwen3Config]:
     """Gives new tokens their rows, and the vocabulary room for them.
 
@@ -31,9 +33,10 @@ def enlarge_vocabulary(
       rows: the new number of rows, at least `config.vocab_size`: a vocabulary never shrinks, since
         published models are padded to divide by the devices they are spread over.
       new_rows: for each new token id, below `rows`, the ids of its word pieces.
+      shardings: a tree like the parameters, of where they shall lie; None: where they lie.
 
     Returns:
-      Parameters with the same shardings as before, and their architecture.
+      The parameters and their architecture.
     """
     if rows < config.vocab_size:
         raise ValueError(f"rows={rows}: the vocabulary of {config.vocab_size} must not shrink")
@@ -45,21 +48,20 @@ def enlarge_vocabulary(
         pieces[row, : len(own)] = own
         share[row, : len(own)] = 1 / len(own)
 
-    def enlarged(table: Array, transposed: bool = False) -> Array:
+    def enlarged(path: tuple[str, str], transposed: bool = False) -> Array:
         def build(table: Array) -> Array:
             by_row = table.T if transposed else table
             by_row = _enlarged(by_row, rows, ids, pieces, share)
             return by_row.T if transposed else by_row
 
-        return jax.jit(build, out_shardings=table.sharding)(table)
+        table = params[path[0]][path[1]]
+        sharding = shardings[path[0]][path[1]] if shardings else table.sharding
+        return jax.jit(build, out_shardings=sharding)(table)
 
-    params = {
-        **params,
-        "embed_tokens": {"embedding": enlarged(params["embed_tokens"]["embedding"])},
-    }
+    larger = {**params, "embed_tokens": {"embedding": enlarged(("embed_tokens", "embedding"))}}
     if "lm_head" in params:
-        params["lm_head"] = {"kernel": enlarged(params["lm_head"]["kernel"], transposed=True)}
-    return params, dataclasses.replace(config, vocab_size=rows)
+        larger["lm_head"] = {"kernel": enlarged(("lm_head", "kernel"), transposed=True)}
+    return larger, dataclasses.replace(config, vocab_size=rows)
 
 
 def _enlarged(

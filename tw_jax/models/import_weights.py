@@ -35,11 +35,6 @@ _OBSOLETE = "rotary_emb.inv_freq"  # a constant that old files carry along
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) on each axis
 
 
-def abstract_params(config: Qwen3Config) -> qwen3.Params:
-    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`."""
-    return jax.eval_shape(lambda: qwen3.init_params(config, 0))
-
-
 def load_params(
     location: str | WeightFolder, config: Qwen3Config, shardings: Any = None
 ) -> qwen3.Params:
@@ -59,7 +54,7 @@ def load_params(
         names the first tensor at fault, what was expected and the remedy.
     """
     folder = open_folder(location) if isinstance(location, str) else location
-    abstract = abstract_params(config)
+    abstract = qwen3.abstract_params(config)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda leaf: shardings, abstract)

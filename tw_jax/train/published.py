@@ -1,8 +1,11 @@
 """A published model made ready for parallel thought: weights, tokenizer and control tokens."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import jax
 
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
@@ -12,12 +15,14 @@ from tw_jax.models.hf_config import config_from_hf
 from tw_jax.models.import_weights import load_params
 from tw_jax.models.safetensors_file import read_json
 from tw_jax.models.weight_location import WeightFolder, open_folder, small_files
+from tw_jax.parallel.layout import Layout
 from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.schemas import make_schema, schema_tags
 from tw_jax.trajectory.vocabulary import add_control_tokens, ids_needed
 
 _GENERATION_CONFIG = "generation_config.json"
+_TABLES = ("embed_tokens", "lm_head")  # what has a row for each token
 
 
 class PublishedModel(NamedTuple):
@@ -46,6 +51,7 @@ def load_published(
     param_dtype: str,
     compute_dtype: str,
     vocab_multiple: int,
+    layout: Layout | None = None,
 ) -> PublishedModel:
     """Loads published weights and adds the schema's control tokens where they are missing.
 
@@ -56,6 +62,7 @@ def load_published(
       param_dtype: dtype in which parameters are held.
       compute_dtype: dtype of matrix products.
       vocab_multiple: the vocabulary's rows are rounded up to a multiple of this; never down.
+      layout: the mesh over which the parameters are spread as they are read; None: one device.
 
     Raises:
       UserError: the files are unusable (see `load_params`), or the tokenizer is larger than the
@@ -77,15 +84,27 @@ def load_published(
         )
     full_tokenizer, new_rows = add_control_tokens(raw_tokenizer, schema_tags(schema))
     bound_schema = make_schema(schema, full_tokenizer)
-    params = load_params(folder, config)
     rows = max(config.vocab_size, ids_needed(full_tokenizer))
     rows += -rows % vocab_multiple
+    shardings = _shardings(layout, dataclasses.replace(config, vocab_size=rows))
+    first = shardings
+    if layout is not None and rows > config.vocab_size:
+        # The published rows need not divide over the mesh; the enlarged ones will.
+        whole = jax.tree.map(lambda _: layout.replicated(), shardings)
+        first = {**shardings, **{name: whole[name] for name in _TABLES if name in whole}}
+    params = load_params(folder, config, first)
     if new_rows or rows > config.vocab_size:
-        params, config = enlarge_vocabulary(params, config, rows, new_rows)
+        params, config = enlarge_vocabulary(params, config, rows, new_rows, shardings)
     generation = {}
     if _GENERATION_CONFIG in folder.files():
         generation = read_json(folder, _GENERATION_CONFIG)
     return PublishedModel(params, config, full_tokenizer, bound_schema, generation)
+
+
+def _shardings(layout: Layout | None, config: Qwen3Config) -> Any:
+    if layout is None:
+        return None
+    return layout.param_shardings(qwen3.param_axes(config), qwen3.abstract_params(config))
 
 
 def tokenizer_in(folder: str | pathlib.Path, name: str = "") -> Any:

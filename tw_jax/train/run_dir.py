@@ -26,6 +26,7 @@ from tw_jax.config_checks import require_at_least
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS, Qwen3Config
+from tw_jax.parallel.layout import Layout
 from tw_jax.tasks.character_tokenizer import TOKENIZER_DIR
 from tw_jax.train.checkpoint import Checkpointer, restore_params
 from tw_jax.train.published import load_published, tokenizer_in
@@ -80,8 +81,14 @@ class LoadedModel:
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def new_model(config: ModelConfig, seed: int) -> LoadedModel:
+def new_model(config: ModelConfig, seed: int, layout: Layout | None = None) -> LoadedModel:
     """The model that a run starts from: random weights, published ones, or those of another run.
+
+    Args:
+      config: which model.
+      seed: of random weights.
+      layout: the mesh over which published weights are spread as they are read; all others are
+        whole on one device.
 
     Raises:
       UserError: unknown source or schema, unusable files, or a tokenizer larger than the model's
@@ -103,6 +110,7 @@ def new_model(config: ModelConfig, seed: int) -> LoadedModel:
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
         vocab_multiple=config.vocab_multiple,
+        layout=layout,
     )
     return LoadedModel(
         graphdef=qwen3.graphdef(published.config),
