@@ -123,6 +123,10 @@ def _dispatch(words: list[str]) -> int:
     if wants_print:
         print(configs.to_yaml(config), end="", flush=True)
         return 0
+    # Here, since it imports JAX, which help and mistakes do not wait for.
+    from tw_jax.parallel.processes import join_processes
+
+    join_processes(os.environ)
     result = function(config)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 

@@ -88,6 +88,41 @@ def test_any_length_and_any_tile(row_len, tiles):
     close(out_and_grads(attention)(*arguments), run_dense(*arguments))
 
 
+PARTS = 3
+
+
+def in_parts(q, k, v, visible_end, hidden):
+    """Each part of the queries on its own, as devices do that share a row."""
+    q_len = q.shape[1] // PARTS
+
+    def attend_part(part):
+        plan = plan_tiles(
+            visible_end, hidden, q_tile=TILE, k_tile=TILE, q_start=part * q_len, q_len=q_len
+        )
+        own = jax.lax.dynamic_slice_in_dim(q, part * q_len, q_len, axis=1)
+        return tree_attention(own, k, v, visible_end, hidden, plan=plan)
+
+    return jnp.concatenate([attend_part(jnp.int32(part)) for part in range(PARTS)], axis=1)
+
+
+run_in_parts = out_and_grads(in_parts)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_parts_of_the_queries_match_the_dense_oracle(data):
+    forest = data.draw(random_forests(ROWS, PARTS * 2 * TILE))
+    hidden = data.draw(random_hidden(forest, depth=1))
+    arguments = (*random_inputs(row_len=PARTS * 2 * TILE), forest.visible_end, hidden)
+    close(run_in_parts(*arguments), run_dense(*arguments))
+
+
+def test_a_part_that_is_not_whole_tiles_is_refused():
+    end = np.full((ROWS, 4 * TILE), 4 * TILE, np.int32)
+    with pytest.raises(ValueError, match="q_len=24"):
+        plan_tiles(end, q_tile=TILE, k_tile=TILE, q_start=24, q_len=24)
+
+
 def test_depth_zero_hides_nothing():
     q, k, v, _ = random_inputs()
     end = jnp.full((ROWS, ROW_LEN), ROW_LEN, jnp.int32)

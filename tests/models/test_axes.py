@@ -94,7 +94,7 @@ def test_activations_are_offered_for_placement(config, unroll):
     placed = jax.jit(lambda p: forward(p, constrain=constrain))(params)
     np.testing.assert_array_equal(placed, jax.jit(forward)(params))
 
-    stream = (("batch", "length", "embed"), (2, 7, 48))
+    stream = (("batch", "residual_length", "embed"), (2, 7, 48))
     layer = [
         (("batch", "length", "heads", "head_dim"), (2, 7, 4, 10)),
         (("batch", "length", "kv_heads", "head_dim"), (2, 7, 2, 10)),

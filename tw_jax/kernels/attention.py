@@ -12,7 +12,7 @@ _BACKENDS: dict[str, Callable[..., Array]] = {"xla": tree_attention_xla}
 
 
 def tree_attention(
-    q: Float[Array, "rows len heads dim"],
+    q: Float[Array, "rows q_len heads dim"],
     k: Float[Array, "rows len kv_heads dim"],
     v: Float[Array, "rows len kv_heads dim"],
     visible_end: Int32[Array, "rows len"],
@@ -20,7 +20,7 @@ def tree_attention(
     *,
     plan: TilePlan | None = None,
     backend: str | None = None,
-) -> Float[Array, "rows len heads dim"]:
+) -> Float[Array, "rows q_len heads dim"]:
     """Softmax attention over rows of packed trees, scaled by `dim ** -0.5`.
 
     Key j is visible to the queries `j <= i < visible_end[j]`, except
@@ -29,7 +29,8 @@ def tree_attention(
     no array of size len x len exists. The softmax is float32 whatever the inputs are.
 
     Args:
-      q: queries, already normed and rotated.
+      q: queries, already normed and rotated; as many as keys, or the part of them that `plan` was
+        made for (`plan_tiles(q_start=..., q_len=...)`).
       k: keys; query head h reads key head `h // (heads // kv_heads)`.
       v: values.
       visible_end: exclusive end of each key's visibility; every token must see itself, padding
@@ -47,17 +48,21 @@ def tree_attention(
     name = "xla" if backend is None else backend
     if name not in _BACKENDS:
         raise ValueError(f"no attention backend {name!r}: choose one of {', '.join(_BACKENDS)}")
-    rows, row_len, heads, _ = q.shape
+    rows, q_len, heads, _ = q.shape
+    row_len = k.shape[1]
     if heads % k.shape[2]:
         raise ValueError(f"{heads} query heads do not group over {k.shape[2]} key heads")
     if hidden is not None and hidden[0].shape[0] == 0:
         hidden = None
     if plan is None:
         plan = plan_tiles(visible_end, hidden)
-    padded_len = -(-row_len // max(plan.q_tile, plan.k_tile)) * max(plan.q_tile, plan.k_tile)
-    if (rows, padded_len) != (plan.rows, plan.padded_len):
+    widest = max(plan.q_tile, plan.k_tile)
+    padded_len = -(-row_len // widest) * widest
+    padded_q_len = padded_len if q_len == row_len else q_len
+    if (rows, padded_len, padded_q_len) != (plan.rows, plan.padded_len, plan.q_len):
         raise ValueError(
-            f"the plan is for {plan.rows} rows of {plan.padded_len} tokens (whole tiles), not for "
-            f"{rows} rows of {padded_len}: build it from this visible_end (per shard)"
+            f"the plan is for {plan.rows} rows of {plan.padded_len} tokens with {plan.q_len} "
+            f"queries (whole tiles), not for {rows} rows of {padded_len} with {padded_q_len}: "
+            "build it from this visible_end (per shard)"
         )
     return _BACKENDS[name](q, k, v, visible_end, hidden, plan)

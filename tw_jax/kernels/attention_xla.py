@@ -23,20 +23,21 @@ _MASKED = -1e30
 
 
 def tree_attention_xla(
-    q: Float[Array, "rows len heads dim"],
+    q: Float[Array, "rows q_len heads dim"],
     k: Float[Array, "rows len kv_heads dim"],
     v: Float[Array, "rows len kv_heads dim"],
     visible_end: Int32[Array, "rows len"],
     hidden: Hidden | None,
     plan: TilePlan,
-) -> Float[Array, "rows len heads dim"]:
+) -> Float[Array, "rows q_len heads dim"]:
     """See `tw_jax.kernels.tree_attention`."""
-    rows, row_len, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    rows, q_len, heads, dim = q.shape
+    row_len, kv_heads = k.shape[1:3]
     group = heads // kv_heads
     padding = ((0, 0), (0, plan.padded_len - row_len), (0, 0), (0, 0))
 
-    q = jnp.pad(q, padding).reshape(rows, -1, plan.q_tile, kv_heads, group, dim)
+    q = jnp.pad(q, ((0, 0), (0, plan.q_len - q_len), (0, 0), (0, 0)))
+    q = q.reshape(rows, -1, plan.q_tile, kv_heads, group, dim)
     q = q.transpose(0, 1, 3, 4, 2, 5).reshape(-1, kv_heads, group * plan.q_tile, dim)
     k, v = (
         jnp.pad(x, padding).reshape(-1, plan.k_tile, kv_heads, dim).transpose(0, 2, 1, 3)
@@ -50,7 +51,7 @@ def tree_attention_xla(
 
     out = _attend(q, k, v, end, bounds, plan)
     out = out.reshape(rows, -1, kv_heads, group, plan.q_tile, dim).transpose(0, 1, 4, 2, 3, 5)
-    return out.reshape(rows, plan.padded_len, heads, dim)[:, :row_len]
+    return out.reshape(rows, plan.q_len, heads, dim)[:, :q_len]
 
 
 def _block(array: Array, index: Int32[Array, ""]) -> Array:
@@ -65,7 +66,7 @@ def _with_block(array: Array, index: Int32[Array, ""], block: Array) -> Array:
 
 def _tile_mask(end, bounds, plan: TilePlan, q_block, k_block, group: int) -> Bool[Array, "1 gq k"]:
     """Visible pairs of one tile, repeated for the query heads that share a key head."""
-    q_first = jax.lax.rem(q_block, plan.padded_len // plan.q_tile) * plan.q_tile
+    q_first = plan.q_start + jax.lax.rem(q_block, plan.q_len // plan.q_tile) * plan.q_tile
     k_first = jax.lax.rem(k_block, plan.padded_len // plan.k_tile) * plan.k_tile
     query = q_first + jnp.arange(plan.q_tile, dtype=jnp.int32)[:, None]
     key = k_first + jnp.arange(plan.k_tile, dtype=jnp.int32)[None, :]

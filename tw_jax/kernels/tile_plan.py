@@ -26,7 +26,8 @@ _SMALLEST_TILE = 16
 class TilePlan:
     """Tiles with at least one visible pair, of all rows, ordered by (row, query block, key block).
 
-    Blocks are numbered through the batch: block b of row r is `r * blocks_per_row + b`.
+    Blocks are numbered through the batch: block b of row r is `r * blocks_per_row + b`. Query
+    blocks are numbered within the queries that the plan covers.
 
     Attributes:
       count: number of live tiles; later entries of the lists are meaningless.
@@ -34,17 +35,22 @@ class TilePlan:
       k_block: key block of each tile.
       q_tile: queries per tile.
       k_tile: keys per tile.
+      q_start: index in the row of the first query; not 0 where a row's queries are split over
+        devices and this plan is for one part of them.
       rows: rows of the batch that was planned.
       padded_len: row length rounded up to whole tiles.
+      q_len: queries per row that the plan covers, rounded up to whole tiles.
     """
 
     count: Int32[Array, ""]
     q_block: Int32[Array, "capacity"]
     k_block: Int32[Array, "capacity"]
+    q_start: Int32[Array, ""]
     q_tile: int = dataclasses.field(metadata={"static": True})
     k_tile: int = dataclasses.field(metadata={"static": True})
     rows: int = dataclasses.field(metadata={"static": True})
     padded_len: int = dataclasses.field(metadata={"static": True})
+    q_len: int = dataclasses.field(metadata={"static": True})
 
 
 def default_tile(row_len: int) -> int:
@@ -69,6 +75,8 @@ def plan_tiles(
     *,
     q_tile: int | None = None,
     k_tile: int | None = None,
+    q_start: int | Int32[Array, ""] = 0,
+    q_len: int | None = None,
 ) -> TilePlan:
     """Lists the live tiles of a batch; build it once, outside the layers.
 
@@ -82,20 +90,27 @@ def plan_tiles(
         `hidden_start[d, j] <= i < hidden_end[d, j]` for any d. Must not hide a token from itself.
       q_tile: queries per tile; by default chosen from the row length.
       k_tile: keys per tile; like `q_tile`. One must be a multiple of the other.
+      q_start: plan only for the queries from this index of every row on; may be traced (the part
+        of a device under `shard_map`).
+      q_len: plan for this many queries, whole tiles of them; None for all that there are.
 
     Returns:
       The plan; its lists have room for every tile on or below the diagonal.
 
     Raises:
-      ValueError: neither tile edge divides the other.
+      ValueError: neither tile edge divides the other, or `q_len` is not whole tiles.
     """
     rows, row_len = visible_end.shape
-    q_tile = q_tile or default_tile(row_len)
+    q_tile = q_tile or default_tile(row_len if q_len is None else q_len)
     k_tile = k_tile or default_tile(row_len)
     if max(q_tile, k_tile) % min(q_tile, k_tile):
         raise ValueError(f"q_tile={q_tile}, k_tile={k_tile}: one must be a multiple of the other")
     padded_len = -(-row_len // max(q_tile, k_tile)) * max(q_tile, k_tile)
-    q_starts = np.arange(0, padded_len, q_tile, dtype=np.int32)
+    if q_len is None:
+        q_len = padded_len
+    elif q_len % q_tile:
+        raise ValueError(f"q_len={q_len}: must be a multiple of the query tile {q_tile}")
+    q_starts = q_start + np.arange(0, q_len, q_tile, dtype=np.int32)
     k_starts = np.arange(0, padded_len, k_tile, dtype=np.int32)
 
     end = pad_tokens(visible_end, padded_len)
@@ -109,21 +124,25 @@ def plan_tiles(
         live = seen.reshape(rows, len(q_starts), len(k_starts), k_tile).any(-1)
     live = live & reachable
 
-    capacity = rows * int(reachable.sum())
+    # Where the queries' place is known only at run time, every tile might be reachable.
+    most = reachable.size if isinstance(reachable, jax.Array) else int(reachable.sum())
+    capacity = rows * most
     row, q_index, k_index = jnp.nonzero(live, size=capacity, fill_value=0)
     return TilePlan(
         count=live.sum(dtype=jnp.int32),
         q_block=(row * len(q_starts) + q_index).astype(jnp.int32),
         k_block=(row * len(k_starts) + k_index).astype(jnp.int32),
+        q_start=jnp.asarray(q_start, jnp.int32),
         q_tile=q_tile,
         k_tile=k_tile,
         rows=rows,
         padded_len=padded_len,
+        q_len=q_len,
     )
 
 
 def _seen_by_block(
-    end: Int32[Array, "rows len"], hidden: Hidden, q_starts: np.ndarray, q_tile: int
+    end: Int32[Array, "rows len"], hidden: Hidden, q_starts: np.ndarray | Array, q_tile: int
 ) -> Bool[Array, "rows q_blocks len"]:
     """Whether any query of a block sees a key, hidden intervals taken out.
 

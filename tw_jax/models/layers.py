@@ -2,7 +2,8 @@
 
 Axis names, which the caller's sharding rules map to a mesh: "layers" (stacked blocks), "embed" (the
 residual stream), "heads" (query heads times head width), "kv_heads" (the same for keys and
-values), "head_dim", "mlp" (inner feed-forward width), "experts" and "vocab".
+values), "head_dim", "mlp" (inner feed-forward width), "experts", "vocab" and "norm" (a norm's
+scale); in activations also "batch", "length" and, between layers, "residual_length".
 """
 
 from collections.abc import Callable

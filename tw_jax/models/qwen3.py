@@ -70,7 +70,7 @@ class Attend(Protocol):
         ...
 
 
-_RESIDUAL = ("batch", "length", "embed")
+_RESIDUAL = ("batch", "residual_length", "embed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,8 @@ class SelfAttention(nnx.Module):
         self.k_proj = Linear((hidden, key_width), ("embed", "kv_heads"), config, rngs)
         self.v_proj = Linear((hidden, key_width), ("embed", "kv_heads"), config, rngs)
         self.o_proj = Linear((query_width, hidden), ("heads", "embed"), config, rngs)
-        self.q_norm = RMSNorm(config.head_dim, "head_dim", config)
-        self.k_norm = RMSNorm(config.head_dim, "head_dim", config)
+        self.q_norm = RMSNorm(config.head_dim, "norm", config)
+        self.k_norm = RMSNorm(config.head_dim, "norm", config)
 
     def __call__(self, x, rotation, hooks: "Hooks", layer, carry):
         """Returns the mixed tokens `[*b len hidden]` and the carry."""
@@ -118,9 +118,9 @@ class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, "embed", config)
+        self.input_layernorm = RMSNorm(config.hidden_size, "norm", config)
         self.self_attn = SelfAttention(config, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, "embed", config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, "norm", config)
         self.mlp = SparseSwiGLU(config, rngs) if config.moe else SwiGLU(config, rngs)
 
     def __call__(self, x, rotation, hooks: "Hooks", layer, carry):
@@ -152,7 +152,7 @@ class Qwen3(nnx.Module):
             return Block(config, rngs)
 
         self.layers = stacked_blocks(rngs)
-        self.norm = RMSNorm(config.hidden_size, "embed", config)
+        self.norm = RMSNorm(config.hidden_size, "norm", config)
         if not config.tie_word_embeddings:
             shape = (config.hidden_size, config.vocab_size)
             self.lm_head = Linear(shape, ("embed", "vocab"), config, rngs)

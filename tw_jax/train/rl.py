@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.config_checks import require_at_least, require_seed
@@ -22,6 +21,9 @@ from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
 from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
+from tw_jax.models.qwen3 import param_axes
+from tw_jax.parallel.layout import Layout
+from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.rewards.grading import Graded, grade
 from tw_jax.rewards.reward import RewardConfig, RolloutFacts, reward_terms
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
@@ -34,6 +36,7 @@ from tw_jax.train.group_forest import group_forest
 from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.objective import ObjectiveConfig, group_advantages
 from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
+from tw_jax.train.placement import place_run, placed_state
 from tw_jax.train.progress import training_progress
 from tw_jax.train.run_dir import (
     LoadedModel,
@@ -44,7 +47,6 @@ from tw_jax.train.run_dir import (
     write_config,
 )
 from tw_jax.train.scoring import token_logprobs
-from tw_jax.train.state import init_train_state
 from tw_jax.train.tracker import TrackerConfig, make_tracker
 from tw_jax.train.update import MemoryConfig, make_update, policy_sum
 
@@ -70,6 +72,7 @@ class RLConfig:
       objective: see `ObjectiveConfig`; `tw_jax.train.objective.PRESETS` lists the published ones.
       optimizer: see `OptimizerConfig`.
       memory: see `MemoryConfig`.
+      parallel: how the update is spread over devices; rollouts run on the first one.
       row_len: tokens per packed row; a group that is longer is split into several forests.
       rows: rows per micro-batch.
       tracker: where metrics go.
@@ -94,6 +97,7 @@ class RLConfig:
         learning_rate=1.5e-4, schedule="constant", warmup_steps=5
     )
     memory: MemoryConfig = MemoryConfig()
+    parallel: ParallelConfig = ParallelConfig()
     row_len: int = 2048
     rows: int = 2
     tracker: TrackerConfig = TrackerConfig()
@@ -140,18 +144,27 @@ def run_rl(config: RLConfig) -> RLResult:
       UserError: unusable configuration or checkpoint.
     """
     began = time.monotonic()
+    if jax.process_count() > 1:
+        raise UserError("rl runs in one process so far, on all devices that it sees")
+    layout = make_layout(config.parallel)
+    if layout is not None:
+        layout.check_rows(config.rows, config.row_len)
+        print(f"{jax.device_count()} devices: {layout.describe()}")
     model = load_run(config.init_from, config.init_step)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     task = make_task(config.task)
     engine = RolloutEngine(model.graphdef, model.schema, config.engine)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    update = make_update(policy_sum(model.graphdef, config.objective, config.memory), optimizer)
-    score = _scorer(config, model)
-    reference = model.params if config.objective.kl_coefficient else None
+    placement = place_run(layout, model.params, param_axes(model.config), optimizer)
+    sum_loss = policy_sum(model.graphdef, config.objective, config.memory, layout)
+    update = make_update(sum_loss, optimizer, placement.state)
+    score = _scorer(config, model, layout)
 
     # The update donates its state; the reference and the loaded model must survive it.
-    own_params = jax.tree.map(jnp.copy, model.params)
-    state = jax.jit(lambda params: init_train_state(params, optimizer))(own_params)
+    state = placed_state(placement.copy_params(model.params), optimizer, placement)
+    reference = None
+    if config.objective.kl_coefficient:
+        reference = placement.copy_params(model.params)
     meta = checkpoint_meta(
         model.config,
         model.schema,
@@ -177,14 +190,16 @@ def run_rl(config: RLConfig) -> RLResult:
             saved = start
             while step < config.steps and not interrupt.requested_anywhere():
                 clock = time.monotonic()
-                rollouts, graded = _sample(config, model, engine, task, state.params, step)
+                params = placement.on_one_device(state.params)
+                rollouts, graded = _sample(config, model, engine, task, params, step)
+                del params  # a whole copy on a mesh
                 rollout_s = time.monotonic() - clock
                 facts, rewards = _rewards(config, rollouts, graded, step)
                 advantages = group_advantages(rewards, config.objective.normalizer)
                 sums: dict[str, float] = {}
                 # Scored before the first update: "old" is the policy that sampled.
                 updates = [
-                    [score(state.params, reference, batch) for batch in batches]
+                    [score(state.params, reference, placement.batch(batch)) for batch in batches]
                     for batches in _micro_batches(config, model, rollouts, advantages)
                 ]
                 for batches in updates:
@@ -211,7 +226,7 @@ def run_rl(config: RLConfig) -> RLResult:
         print(f"Stopped at step {step} and saved. Run the same command again to go on.")
     print(f"{run_dir}: step {step}, checkpoint saved")
     return RLResult(
-        model=dataclasses.replace(model, params=state.params, step=step),
+        model=dataclasses.replace(model, params=placement.on_one_device(state.params), step=step),
         max_logprob_abs_diff=largest,
         seconds=time.monotonic() - began,
         interrupted=interrupt.requested,
@@ -318,7 +333,9 @@ def _forests(
     return build(ids)
 
 
-def _scorer(config: RLConfig, model: LoadedModel) -> Callable[[Any, Any, PackedBatch], PackedBatch]:
+def _scorer(
+    config: RLConfig, model: LoadedModel, layout: Layout | None
+) -> Callable[[Any, Any, PackedBatch], PackedBatch]:
     """Adds log-probabilities of the policy before the update, and of the reference if any."""
 
     @jax.jit
@@ -329,6 +346,7 @@ def _scorer(config: RLConfig, model: LoadedModel) -> Callable[[Any, Any, PackedB
             batch,
             head_chunk=config.memory.head_chunk,
             remat=config.memory.remat,
+            layout=layout,
         )
 
     def score(params: Any, reference: Any, batch: PackedBatch) -> PackedBatch:

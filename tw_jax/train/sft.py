@@ -26,11 +26,14 @@ from tw_jax.data.packing import LossWeights, WeightedTrie
 from tw_jax.data.pipeline import RandomAccess, packed_batches
 from tw_jax.data.sources import TaskTrajectories, file_trajectories
 from tw_jax.errors import UserError
+from tw_jax.models.qwen3 import param_axes
+from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Split
 from tw_jax.train.checkpoint import Checkpointer
 from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from tw_jax.train.placement import place_run, placed_state
 from tw_jax.train.progress import training_progress
 from tw_jax.train.run_dir import (
     LoadedModel,
@@ -41,7 +44,6 @@ from tw_jax.train.run_dir import (
     prepare_run_dir,
     write_config,
 )
-from tw_jax.train.state import init_train_state
 from tw_jax.train.tracker import TrackerConfig, make_tracker
 from tw_jax.train.update import MemoryConfig, make_update, nll_sum
 from tw_jax.trajectory.trajectory import Trajectory
@@ -93,6 +95,7 @@ class SFTConfig:
       data: see `SFTDataConfig`.
       optimizer: see `OptimizerConfig`.
       memory: see `MemoryConfig`.
+      parallel: how the run is spread over devices.
       tracker: where metrics go.
       log_every: steps between logged metrics.
       eval_every: steps between held-out losses.
@@ -115,6 +118,7 @@ class SFTConfig:
         weight_decay=0.1,
     )
     memory: MemoryConfig = MemoryConfig()
+    parallel: ParallelConfig = ParallelConfig()
     tracker: TrackerConfig = TrackerConfig()
     log_every: int = 10
     eval_every: int = 100
@@ -159,18 +163,23 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
       UserError: unusable configuration, data or checkpoint.
     """
     began = time.monotonic()
+    layout = make_layout(config.parallel)
+    if layout is not None:
+        layout.check_rows(config.data.rows, config.data.row_len)
+        print(f"{jax.device_count()} devices: {layout.describe()}")
     model = new_model(config.model, config.seed)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     batches = iter(training_batches(config, model))
-    heldout = heldout_batches(config, model)
 
     optimizer = make_optimizer(config.optimizer, config.steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
-    sum_loss = nll_sum(model.graphdef, config.memory)
-    update = make_update(sum_loss, optimizer)
+    placement = place_run(layout, model.params, param_axes(model.config), optimizer)
+    sum_loss = nll_sum(model.graphdef, config.memory, layout)
+    update = make_update(sum_loss, optimizer, placement.state)
     heldout_sums = jax.jit(lambda params, batch: sum_loss(params, batch)[1])
 
-    state = jax.jit(lambda params: init_train_state(params, optimizer))(model.params)
+    heldout = [placement.batch(batch) for batch in heldout_batches(config, model)]
+    state = placed_state(model.params, optimizer, placement)
     # A checkpoint goes on only with the data it was trained on; its position means nothing else.
     meta = checkpoint_meta(
         model.config,
@@ -204,7 +213,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
                 micro = list(itertools.islice(batches, config.gradient_accumulation))
                 if len(micro) < config.gradient_accumulation:
                     break  # the files are used up
-                state, sums = update(state, micro)
+                state, sums = update(state, [placement.batch(batch) for batch in micro])
                 step += 1
                 tokens_since_log += useful_tokens(micro)
                 if step % config.log_every == 0 or step == config.steps:

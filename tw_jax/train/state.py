@@ -38,6 +38,27 @@ def init_train_state(params: Any, tx: optax.GradientTransformation) -> TrainStat
     )
 
 
+def state_shardings(
+    abstract: TrainState, params: Any, tx: optax.GradientTransformation, other: Any
+) -> TrainState:
+    """Shardings of a train state: the optimizer's moments lie as their parameters do.
+
+    Args:
+      abstract: the state's shapes, `jax.eval_shape` of `init_train_state`.
+      params: a tree of shardings like the parameters.
+      tx: the optimizer.
+      other: the sharding of everything else, counters mostly.
+    """
+    moments = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        params,
+        transform_non_params=lambda _: other,
+    )
+    return TrainState(step=other, params=params, opt_state=moments, skipped_updates=other)
+
+
 def apply_gradients(
     state: TrainState, grads: Any, tx: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:

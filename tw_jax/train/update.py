@@ -22,6 +22,7 @@ from tw_jax.config_checks import require_at_least
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.qwen3 import Params
 from tw_jax.models.remat import Remat
+from tw_jax.parallel.layout import Layout
 from tw_jax.train.objective import ObjectiveConfig, policy_loss
 from tw_jax.train.scoring import token_logprobs
 from tw_jax.train.state import TrainState, apply_gradients
@@ -50,12 +51,17 @@ class MemoryConfig:
         require_at_least(self, head_chunk=1)
 
 
-def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig) -> SumLoss:
+def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig, layout: Layout | None = None) -> SumLoss:
     """SFT: sum of weighted negative log-probabilities (DESIGN section 7)."""
 
     def loss(params: Params, batch: PackedBatch):
         logprob = token_logprobs(
-            graphdef, params, batch, head_chunk=memory.head_chunk, remat=memory.remat
+            graphdef,
+            params,
+            batch,
+            head_chunk=memory.head_chunk,
+            remat=memory.remat,
+            layout=layout,
         )
         total = -jnp.sum(jnp.where(batch.loss_weight > 0, batch.loss_weight * logprob, 0.0))
         sums = {"weight": jnp.sum(batch.loss_weight), "loss": total}
@@ -64,12 +70,22 @@ def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig) -> SumLoss:
     return loss
 
 
-def policy_sum(graphdef: nnx.GraphDef, objective: ObjectiveConfig, memory: MemoryConfig) -> SumLoss:
+def policy_sum(
+    graphdef: nnx.GraphDef,
+    objective: ObjectiveConfig,
+    memory: MemoryConfig,
+    layout: Layout | None = None,
+) -> SumLoss:
     """RL: sum of weighted policy losses, and how far sampler and trainer are apart."""
 
     def loss(params: Params, batch: PackedBatch):
         logprob = token_logprobs(
-            graphdef, params, batch, head_chunk=memory.head_chunk, remat=memory.remat
+            graphdef,
+            params,
+            batch,
+            head_chunk=memory.head_chunk,
+            remat=memory.remat,
+            layout=layout,
         )
         sampled = batch.loss_weight > 0
         old = batch.sampler_logprob if batch.old_logprob is None else batch.old_logprob
@@ -89,24 +105,84 @@ def policy_sum(graphdef: nnx.GraphDef, objective: ObjectiveConfig, memory: Memor
     return loss
 
 
-def make_update(
-    sum_loss: SumLoss, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Iterable[PackedBatch]], tuple[TrainState, dict[str, Array]]]:
-    """Compiles the update; the returned function donates the state it is given.
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The compiled pieces of an update; call it with a state and its micro-batches.
 
-    Its metrics are the sums of `sum_loss` over all micro-batches (not yet divided), plus what
-    `apply_gradients` reports.
+    Attributes:
+      whole: `(state, batch) -> (state, metrics)`, the update of a single micro-batch in one go.
+      first: `(params, batch) -> (gradients, sums)` of the first of several micro-batches.
+      accumulate: `(params, (gradients, sums), batch)`, the same with a further one added.
+      apply: `(state, gradients, weight) -> (state, metrics)`, the optimizer's part.
     """
+
+    whole: Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, Array]]]
+    first: Callable[[Params, PackedBatch], tuple[Params, dict[str, Array]]]
+    accumulate: Callable[[Params, Any, PackedBatch], tuple[Params, dict[str, Array]]]
+    apply: Callable[[TrainState, Params, Array], tuple[TrainState, dict[str, Array]]]
+
+    def __call__(
+        self, state: TrainState, batches: Iterable[PackedBatch]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Makes one update; the state is donated.
+
+        Returns:
+          The next state, and the sums of the loss over all micro-batches (not yet divided) with
+          what `apply_gradients` reports.
+
+        Raises:
+          ValueError: there is no micro-batch.
+        """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("an update needs at least one micro-batch")
+        if len(batches) == 1:
+            return self.whole(state, batches[0])
+        total = self.first(state.params, batches[0])
+        for batch in batches[1:]:
+            total = self.accumulate(state.params, total, batch)
+        grads, sums = total
+        state, applied = self.apply(state, grads, sums["weight"])
+        return state, {**sums, **applied}
+
+
+def make_update(
+    sum_loss: SumLoss,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+) -> Update:
+    """Compiles the update.
+
+    Args:
+      sum_loss: loss of a micro-batch.
+      optimizer: turns mean gradients into updates.
+      shardings: how the train state lies on a mesh (`state_shardings`); gradients lie as their
+        parameters do. None on one device.
+    """
+    placed = None if shardings is None else (shardings, None)
+    placed_grads = None if shardings is None else (shardings.params, None)
 
     def gradient(params: Params, batch: PackedBatch):
         grads, sums = jax.grad(sum_loss, has_aux=True)(params, batch)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         return grads, sums
 
-    @jax.jit
+    def apply_mean(state: TrainState, grads: Params, weight: Array):
+        mean = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-20), grads)
+        return apply_gradients(state, mean, optimizer)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=placed)
+    def whole(state: TrainState, batch: PackedBatch):
+        grads, sums = gradient(state.params, batch)
+        state, applied = apply_mean(state, grads, sums["weight"])
+        return state, {**sums, **applied}
+
+    @functools.partial(jax.jit, out_shardings=placed_grads)
     def first(params: Params, batch: PackedBatch):
         return gradient(params, batch)
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=placed_grads)
     def accumulate(params: Params, so_far: Any, batch: PackedBatch):
         grads, sums = gradient(params, batch)
         return (
@@ -117,22 +193,5 @@ def make_update(
             },
         )
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def apply(state: TrainState, grads: Params, weight: Array):
-        mean = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-20), grads)
-        return apply_gradients(state, mean, optimizer)
-
-    def update(state: TrainState, batches: Iterable[PackedBatch]):
-        total = None
-        for batch in batches:
-            if total is None:
-                total = first(state.params, batch)
-            else:
-                total = accumulate(state.params, total, batch)
-        if total is None:
-            raise ValueError("an update needs at least one micro-batch")
-        grads, sums = total
-        state, applied = apply(state, grads, sums["weight"])
-        return state, {**sums, **applied}
-
-    return update
+    apply = jax.jit(apply_mean, donate_argnums=0, out_shardings=placed)
+    return Update(whole=whole, first=first, accumulate=accumulate, apply=apply)

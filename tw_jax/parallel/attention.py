@@ -1,0 +1,110 @@
+"""Tree attention on a mesh: each device runs the kernel on its rows, heads and queries.
+
+Rows are independent, and so are heads; over the `context` axis a device holds a part of each row's
+queries and gathers all of its keys and values, one layer at a time. The mask needs no care: a
+key's visibility is a range of absolute query indices, so a device only has to know where its
+queries begin. Gradients of keys and values are scattered back by the transposed gather.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from tw_jax.kernels.attention import tree_attention
+from tw_jax.kernels.tile_plan import Hidden, TilePlan, plan_tiles
+from tw_jax.parallel.layout import Layout
+
+_ROWS = ("batch",)
+_TOKENS = ("batch", None)
+_Q = ("batch", "length", "heads", None)
+_KV = ("batch", "length", "kv_heads", None)
+
+
+def plan_tiles_on(
+    layout: Layout | None, visible_end: Int32[Array, "rows len"], hidden: Hidden | None
+) -> TilePlan:
+    """`plan_tiles` for every device's part of the batch; without a layout, for all of it.
+
+    On a mesh the lists of all devices lie one after another along axis 0, and the static sizes are
+    those of one device.
+    """
+    if layout is None:
+        return plan_tiles(visible_end, hidden)
+    parts = layout.size("length")
+
+    def local(end: Array, bounds: tuple[Array, ...]) -> TilePlan:
+        q_len = end.shape[1] // parts if parts > 1 else None
+        start = _query_start(layout, end.shape[1])
+        plan = plan_tiles(end, _hidden(bounds), q_start=start, q_len=q_len)
+        return jax.tree.map(lambda leaf: jnp.atleast_1d(leaf), plan)
+
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(layout.spec(_TOKENS), layout.spec((None, *_TOKENS))),
+        out_specs=_plan_spec(layout),
+        check_vma=False,
+    )(visible_end, hidden or ())
+
+
+def tree_attention_on(
+    layout: Layout | None,
+    q: Float[Array, "rows len heads dim"],
+    k: Float[Array, "rows len kv_heads dim"],
+    v: Float[Array, "rows len kv_heads dim"],
+    visible_end: Int32[Array, "rows len"],
+    hidden: Hidden | None,
+    plan: TilePlan,
+) -> Float[Array, "rows len heads dim"]:
+    """`tree_attention` spread over the mesh; `plan` comes from `plan_tiles_on` of this layout."""
+    if layout is None:
+        return tree_attention(q, k, v, visible_end, hidden, plan=plan)
+
+    def local(q, k, v, end, bounds, plan: TilePlan):
+        for axis in layout.rules.length:
+            if layout.mesh.shape[axis] > 1:
+                k, v = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
+        plan = dataclasses.replace(plan, count=plan.count[0], q_start=plan.q_start[0])
+        return tree_attention(q, k, v, end, _hidden(bounds), plan=plan)
+
+    tokens = layout.spec(_TOKENS)
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(
+            layout.spec(_Q),
+            layout.spec(_KV),
+            layout.spec(_KV),
+            tokens,
+            layout.spec((None, *_TOKENS)),
+            _plan_spec(layout),
+        ),
+        out_specs=layout.spec(_Q),
+        check_vma=False,
+    )(q, k, v, visible_end, hidden or (), plan)
+
+
+def _hidden(bounds: tuple[Array, ...]) -> Hidden | None:
+    return (bounds[0], bounds[1]) if bounds else None
+
+
+def _query_start(layout: Layout, row_len: int) -> int | Int32[Array, ""]:
+    """Index in the row of this device's first query."""
+    axes = [axis for axis in layout.rules.length if layout.mesh.shape[axis] > 1]
+    if not axes:
+        return 0
+    part = functools.reduce(
+        lambda index, axis: index * layout.mesh.shape[axis] + jax.lax.axis_index(axis), axes, 0
+    )
+    return part * (row_len // layout.size("length"))
+
+
+def _plan_spec(layout: Layout) -> P:
+    """Leaves of a plan: one list per part of the rows and, under `context`, of their queries."""
+    axes = (*layout.rules.batch, *layout.rules.length)
+    used = tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
+    return P(used or None)

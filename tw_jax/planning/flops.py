@@ -1,0 +1,182 @@
+"""Floating-point work of a program as JAX traced it: no compiler, no device, any mesh.
+
+The count is global: the work of all devices together, none of it replicated. A compiled program
+that does more, device by device, repeats work somewhere; `tw_jax.planning` compares the two.
+
+Only matrix products and convolutions are counted, at 2 operations per multiply-add.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from tw_jax.planning.hlo_cost import valid_positions
+
+_TRANSFORM = re.compile(r"^(jvp|transpose|vmap|remat)\((.*)\)$")
+_RECOMPUTED = "rematted_computation"
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """Work of a program.
+
+    Attributes:
+      by_scope: operations by the path of named scopes, such as `attention/qkv`; forward,
+        recomputed and backward work of a scope are one entry. What loops of unknown length do is
+        NaN.
+      recomputed: the part of it that `jax.checkpoint` repeats.
+      kernels: operations of Pallas kernels, by their own cost estimates; not in `by_scope`, since
+        no compiled program shows them.
+    """
+
+    by_scope: Mapping[str, float]
+    recomputed: float
+    kernels: float
+
+    @property
+    def total(self) -> float:
+        """Operations outside Pallas kernels."""
+        return sum(self.by_scope.values())
+
+    def within(self, scope: str) -> float:
+        """Operations below any scope whose path has this component."""
+        return sum(work for path, work in self.by_scope.items() if scope in path.split("/"))
+
+
+def count_flops(jaxpr: ClosedJaxpr, scopes: Mapping[str, float] | None = None) -> FlopCount:
+    """Counts the operations of a traced program.
+
+    Args:
+      jaxpr: `jax.make_jaxpr(f)(...)` or the `jaxpr` of `jax.jit(f).trace(...)`.
+      scopes: trips of data-dependent loops (`while`) by a part of their named scope, as in
+        `tw_jax.planning.hlo_cost`.
+
+    Raises:
+      ValueError: a Pallas kernel gives no cost estimate; names it.
+    """
+    by_scope: dict[str, float] = {}
+    recomputed = kernels = 0.0
+    for path, work, is_kernel in _walk(jaxpr.jaxpr, "", 1.0, dict(scopes or {})):
+        if is_kernel:
+            kernels += work
+            continue
+        scope = clean_scope(path)
+        by_scope[scope] = by_scope.get(scope, 0.0) + work
+        if _RECOMPUTED in path:
+            recomputed += work
+    return FlopCount(by_scope, recomputed, kernels)
+
+
+def clean_scope(path: str) -> str:
+    """Named scopes of a name stack, without what transformations wrapped around them."""
+    parts = []
+    for part in path.split("/"):
+        while found := _TRANSFORM.match(part):
+            part = found.group(2)
+        if part and part not in (_RECOMPUTED, "checkpoint"):
+            parts.append(part)
+    return "/".join(parts)
+
+
+def _walk(
+    jaxpr: Jaxpr, prefix: str, times: float, scopes: Mapping[str, float]
+) -> Iterator[tuple[str, float, bool]]:
+    """(name stack, operations, whether in a Pallas kernel) of every product."""
+    for eqn in jaxpr.eqns:
+        path = f"{prefix}/{eqn.source_info.name_stack}"
+        name = eqn.primitive.name
+        own = _own_flops(eqn)
+        if own:
+            yield path, times * own, False
+        elif name == "pallas_call":
+            yield path, times * _kernel_flops(eqn), True
+        elif name == "cond":
+            branches = [list(_walk(b.jaxpr, path, times, scopes)) for b in eqn.params["branches"]]
+            yield from max(branches, key=lambda found: sum(work for _, work, _ in found))
+        else:
+            inner = times * _repeats(eqn, path, scopes)
+            for sub in _inner(eqn):
+                yield from _walk(sub, path, inner, scopes)
+
+
+def _repeats(eqn: JaxprEqn, path: str, scopes: Mapping[str, float]) -> float:
+    """How often an equation runs the programs inside it, over all devices."""
+    name = eqn.primitive.name
+    if name == "scan":
+        return eqn.params["length"]
+    if name == "while":
+        given = [count for scope, count in scopes.items() if scope in path]
+        return given[0] if given else math.nan
+    if name == "shard_map":
+        # Inside, shapes are one device's along the manual axes and whole along the others.
+        sizes = eqn.params["mesh"].shape
+        return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
+    return 1
+
+
+def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    values = eqn.params["body_jaxpr"] if eqn.primitive.name == "while" else eqn.params.values()
+    for value in (values,) if isinstance(values, ClosedJaxpr) else values:
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _own_flops(eqn: JaxprEqn) -> int:
+    """Work of one matrix product or convolution; 0 for anything else."""
+    name = eqn.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        lhs = _shape(eqn.invars[0])
+        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(lhs[d] for d in contracted)
+    if name == "ragged_dot_general":
+        # Groups share one dimension between them, so the number of groups does not multiply.
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        skipped = {*contracted, *batch, *numbers.rhs_group_dimensions}
+        rhs = _shape(eqn.invars[1])
+        free = math.prod(size for dim, size in enumerate(rhs) if dim not in skipped)
+        return 2 * math.prod(_shape(eqn.invars[0])) * free
+    if name == "conv_general_dilated":
+        return _convolution_flops(eqn)
+    return 0
+
+
+def _convolution_flops(eqn: JaxprEqn) -> int:
+    numbers, params = eqn.params["dimension_numbers"], eqn.params
+    image, kernel = _shape(eqn.invars[0]), _shape(eqn.invars[1])
+    out = _shape(eqn.outvars[0])
+    positions = 1
+    for dim in range(len(out) - 2):
+        positions *= valid_positions(
+            image=image[numbers.lhs_spec[2 + dim]],
+            kernel=kernel[numbers.rhs_spec[2 + dim]],
+            out=out[numbers.out_spec[2 + dim]],
+            stride=params["window_strides"][dim],
+            spread=params["lhs_dilation"][dim],
+            reach=params["rhs_dilation"][dim],
+            low=params["padding"][dim][0],
+        )
+    pairs = kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]]
+    batch = image[numbers.lhs_spec[0]] // params["batch_group_count"]
+    return 2 * positions * pairs * batch
+
+
+def _kernel_flops(eqn: JaxprEqn) -> float:
+    estimate = eqn.params.get("cost_estimate")
+    if estimate is None:
+        raise ValueError(
+            f"the Pallas kernel {eqn.params.get('name_and_src_info')} gives no cost estimate: pass "
+            "pl.CostEstimate to its pallas_call"
+        )
+    return float(estimate.flops)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
