@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-BENCHMARKS = ("trie", "train")
+BENCHMARKS = ("trie", "train", "parity")
 
 
 def main() -> None:
