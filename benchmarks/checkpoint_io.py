@@ -53,36 +53,37 @@ def write_checkpoint(folder: pathlib.Path, config: Qwen3Config) -> pathlib.Path:
     return folder / FILE
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def _reset_peak() -> int:
-    """Forgets the peak so far; returns the resident memory now, which is the new one."""
+def reset_peak() -> int:
+    """Forgets that; returns the resident memory now, which is the new one."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return _peak_bytes()
+    return peak_bytes()
 
 
 def measure(source: str, out: str, config: Qwen3Config = CONFIG) -> dict[str, float]:
     """Imports and exports in this process: seconds and growth of memory in bytes."""
     tokenizer = load_tokenizer()
     jax.block_until_ready(jnp.zeros(1))
-    before = _reset_peak()
+    before = reset_peak()
     start = time.perf_counter()
     params = load_params(source, config)
     import_s = time.perf_counter() - start
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    import_growth = _peak_bytes() - before - held
-    before = _reset_peak()
+    import_growth = peak_bytes() - before - held
+    before = reset_peak()
     start = time.perf_counter()
     export_model(out, params, config, tokenizer)
     export_s = time.perf_counter() - start
     return {
         "import_s": import_s,
         "export_s": export_s,
-        "memory_ratio": max(import_growth, _peak_bytes() - before) / largest,
+        "memory_ratio": max(import_growth, peak_bytes() - before) / largest,
     }
 
 
