@@ -111,11 +111,11 @@ class SFTConfig:
     task: TaskConfig = TaskConfig()
     data: SFTDataConfig = SFTDataConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=4e-3,
+        learning_rate=3e-3,
         final_learning_rate_fraction=0.05,
         warmup_steps=50,
         beta2=0.98,
-        weight_decay=0.1,
+        weight_decay=0.2,
     )
     memory: MemoryConfig = MemoryConfig()
     parallel: ParallelConfig = ParallelConfig()
