@@ -80,7 +80,7 @@ def test_two_processes_train_save_and_go_on_as_one(tmp_path):
         assert went_on[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
 
     model = load_run(tmp_path / "two", 2)
-    run_export(ExportConfig(checkpoint=str(tmp_path / "two"), out=str(tmp_path / "exported")))
+    run_export(ExportConfig(run_dir=str(tmp_path / "two"), out=str(tmp_path / "exported")))
     assert (tmp_path / "exported" / "model.safetensors").exists()
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in [model.params["norm"]["scale"]])
 

@@ -231,6 +231,17 @@ def test_a_setting_that_is_new_is_refused_and_a_free_one_may_change(tmp_path):
             checkpointer.restore(make_state(), expected_meta={"schema": "apr"})
 
 
+def test_a_setting_that_is_null_may_be_newer_than_the_checkpoint(tmp_path):
+    save_steps(tmp_path, [1])
+    with Checkpointer(tmp_path) as checkpointer:
+        meta = {**META, "model": {**META["model"], "moe": None}}
+        restored = checkpointer.restore(make_state(), expected_meta=meta)
+        assert restored.data_state == {"next": 1}
+        meta["model"]["moe"] = {"num_experts": 8}
+        with pytest.raises(UserError, match=r"differ: model.moe \(checkpoint: absent, this run: {"):
+            checkpointer.restore(make_state(), expected_meta=meta)
+
+
 def test_another_optimizer_is_named(tmp_path):
     save_steps(tmp_path, [1])
     other = init_train_state(make_state().params, optax.sgd(0.1, momentum=0.9))
