@@ -67,7 +67,7 @@ plain_grad = jax.jit(jax.value_and_grad(plain_logprob))
 @jax.jit
 @functools.partial(jax.value_and_grad, has_aux=True)
 def packed_logprob(params, batch, mask):
-    logprobs = token_logprobs(GRAPHDEF, params, batch, head_chunk=4096, remat=False)
+    logprobs = token_logprobs(GRAPHDEF, params, batch, head_chunk=4096, remat="none")
     return jnp.sum(jnp.where(mask, logprobs, 0.0)), logprobs
 
 

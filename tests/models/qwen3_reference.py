@@ -17,10 +17,12 @@ SMALL = Qwen3Config(
     num_key_value_heads=2,
     head_dim=16,
     rope_theta=1e4,
+    rope_scaling=None,
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
     max_position_embeddings=2048,
     initializer_range=0.02,
+    moe=None,
     param_dtype="float32",
     compute_dtype="float32",
 )
@@ -84,7 +86,7 @@ def torch_logits(config: Qwen3Config, params: Params, tokens: np.ndarray) -> np.
     import transformers
 
     sizes = dataclasses.asdict(config)
-    for name in ("param_dtype", "compute_dtype"):
+    for name in ("param_dtype", "compute_dtype", "rope_scaling", "moe"):
         del sizes[name]
     theta = sizes.pop("rope_theta")
     rope = {"rope_type": "default", "rope_theta": theta}

@@ -11,7 +11,9 @@ from tests.models.qwen3_reference import CASES, SMALL, case_tokens, seeded_param
 from tests.models.write_golden_logits import GOLDEN, weight_sum
 from tw_jax.models import (
     PRESETS,
+    MixtureOfExperts,
     Qwen3Config,
+    RopeScaling,
     check_positions,
     graphdef,
     head_matrix,
@@ -38,7 +40,7 @@ def forward(config, params, tokens, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_logits_match_the_golden_file(name):
     golden = np.load(GOLDEN)
-    config = Qwen3Config(**json.loads(str(golden[f"{name}/config"])))
+    config = Qwen3Config.from_dict(json.loads(str(golden[f"{name}/config"])))
     assert config == CASES[name], "run tests/models/write_golden_logits.py again"
     params = seeded_params(config)
     assert weight_sum(params) == pytest.approx(float(golden[f"{name}/weight_sum"]), rel=1e-9)
@@ -83,7 +85,11 @@ def test_remat_changes_no_gradient():
         def loss(params, **options):
             return jnp.mean(forward(SMALL, params, tokens, **options) ** 2)
 
-        options = ({}, {"remat": True}, {"remat": True, "unroll": True})
+        options = [{}] + [
+            {"remat": remat, "unroll": unroll}
+            for remat in ("dots", "block", "full", "offload")
+            for unroll in (False, True)
+        ]
         return [jax.grad(lambda p, o=o: loss(p, **o))(params) for o in options]
 
     expected, *others = gradients(params)
@@ -143,6 +149,8 @@ CHANGES = {
     "param_dtype": ("bfloat16", "shapes"),
     "initializer_range": (0.5, "initial values"),
     "rope_theta": (1e6, "logits"),
+    "rope_scaling": (RopeScaling("linear", 2.0, *[None] * 7), "logits"),
+    "moe": (MixtureOfExperts(4, 2, 24, True, router_aux_loss_coef=0.0), "shapes"),
     "rms_norm_eps": (0.1, "logits"),
     "compute_dtype": ("bfloat16", "logits"),
     "max_position_embeddings": (8, "accepted positions"),
@@ -199,7 +207,7 @@ def test_bad_configs_name_the_field():
         preset("tiny", compute_dtype="int8")
     with pytest.raises(ValueError, match="rope_theta=0"):
         preset("tiny", rope_theta=0)
-    with pytest.raises(ValueError, match="choose one of tiny, qwen3-0.6b"):
+    with pytest.raises(ValueError, match="choose one of tiny, tiny-moe, qwen3-0.6b"):
         preset("qwen3-9b")
     with pytest.raises(ValueError, match="no model field depth"):
         preset("tiny", depth=2)
@@ -208,7 +216,7 @@ def test_bad_configs_name_the_field():
 def test_presets_have_the_published_number_of_parameters():
     """Billions of parameters, a tied head counted once, as the model cards say."""
     published = {"0.6b": 0.596, "1.7b": 1.72, "4b": 4.02, "8b": 8.19, "14b": 14.77, "32b": 32.76}
-    assert set(PRESETS) == {"tiny", *(f"qwen3-{size}" for size in published)}
+    assert {"tiny", "tiny-moe", *(f"qwen3-{size}" for size in published)} <= set(PRESETS)
     for size, billions in published.items():
         abstract = jax.eval_shape(lambda size=size: init_params(PRESETS[f"qwen3-{size}"], 0))
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract))

@@ -20,9 +20,10 @@ import optax
 from tests.forests import forest_row
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models import Qwen3Config, graphdef, init_params, preset
+from tw_jax.models.config import MixtureOfExperts
 from tw_jax.models.qwen3 import param_axes
-from tw_jax.parallel import ParallelConfig, make_layout
-from tw_jax.parallel.hlo_collectives import count_collectives
+from tw_jax.parallel import Layout, ParallelConfig, make_layout
+from tw_jax.planning.collectives import collectives
 from tw_jax.train.placement import place_run, placed_state
 from tw_jax.train.update import MemoryConfig, make_update, nll_sum
 
@@ -38,6 +39,23 @@ DENSE = preset(
     head_dim=8,
     initializer_range=0.2,
 )
+MIXTURE = preset(
+    "tiny-moe",
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.2,
+    moe=MixtureOfExperts(
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.0,
+    ),
+)
 PRESETS: dict[str, tuple[Qwen3Config, ParallelConfig]] = {
     "fsdp": (DENSE, ParallelConfig("fsdp")),
     "data_fsdp": (DENSE, ParallelConfig("fsdp", fsdp=4)),
@@ -45,6 +63,9 @@ PRESETS: dict[str, tuple[Qwen3Config, ParallelConfig]] = {
     "fsdp_tensor_sequence": (DENSE, ParallelConfig("fsdp_tensor", sequence_parallel=True)),
     "tensor": (DENSE, ParallelConfig("tensor")),
     "context": (DENSE, ParallelConfig("context")),
+    "expert": (MIXTURE, ParallelConfig("expert")),
+    "expert_tensor": (MIXTURE, ParallelConfig("expert", expert=2, tensor=2)),
+    "fsdp_mixture": (MIXTURE, ParallelConfig("fsdp")),
     "fsdp_context_tensor": (DENSE, ParallelConfig("fsdp", context=2, tensor=2)),
 }
 
@@ -91,7 +112,7 @@ def compare(name: str) -> dict:
         gradients, sums = update.first(state.params, placed)
         if layout is not None:
             text = update.whole.lower(state, placed).compile().as_text()
-            found["collectives"] = count_collectives(text)
+            found["collectives"] = count_by_kind(text, layout)
             found["mesh"] = layout.describe()
             shards = [
                 leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.params)
@@ -113,6 +134,19 @@ def compare(name: str) -> dict:
         "params_rel_diff": _relative(one[2], many[2]),
         "grad_norm": [one[3], many[3]],
     }
+
+
+# Trips of the loops whose length is data; a collective inside one would be counted that often.
+_DATA_LOOPS = {"tree_attention_forward": 1.0, "tree_attention_backward": 1.0}
+
+
+def count_by_kind(hlo_text: str, layout: Layout) -> dict[str, float]:
+    """How often each collective runs over which mesh axes, such as `all-gather fsdp`."""
+    counts: dict[str, float] = {}
+    for found in collectives(hlo_text, layout.mesh.shape, _DATA_LOOPS):
+        key = f"{found.kind} {'+'.join(found.axes)}"
+        counts[key] = counts.get(key, 0.0) + found.count
+    return dict(sorted(counts.items()))
 
 
 def _relative(one, many) -> float:

@@ -27,10 +27,12 @@ CONFIG = Qwen3Config(
     num_key_value_heads=2,
     head_dim=8,
     rope_theta=100.0,
+    rope_scaling=None,
     rms_norm_eps=1e-6,
     tie_word_embeddings=False,
     max_position_embeddings=512,
     initializer_range=0.17,
+    moe=None,
     param_dtype="float32",
     compute_dtype="float32",
 )

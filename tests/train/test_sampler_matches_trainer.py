@@ -45,7 +45,7 @@ def test_every_sampled_token_has_the_same_log_probability(rollouts, schema):
     forests = [group_forest(schema, [r], [1.0], [i], "token_mean") for i, r in enumerate(sampled)]
     rows = best_fit_rows([len(forest.trie) for forest in forests], 512)
     batch = pack_rows([[forests[i] for i in row] for row in rows], 512)
-    trained = jax.jit(lambda p, b: token_logprobs(graphdef, p, b, head_chunk=4096, remat=False))(
+    trained = jax.jit(lambda p, b: token_logprobs(graphdef, p, b, head_chunk=4096, remat="none"))(
         params, batch
     )
     mask = batch.loss_weight > 0

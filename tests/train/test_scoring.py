@@ -12,6 +12,7 @@ from tests.forests import Forest, random_forests, random_hidden
 from tests.kernels.dense_oracle import dense_attention
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models import graphdef, init_params, preset
+from tw_jax.models.remat import Remat
 from tw_jax.train.scoring import token_logprobs
 
 ROWS, ROW_LEN = 2, 30
@@ -48,7 +49,7 @@ def packed(forest: Forest, hidden=None, seed: int = 0) -> PackedBatch:
     )
 
 
-def scored(head_chunk: int, remat: bool = False):
+def scored(head_chunk: int, remat: Remat = "none"):
     """Jitted: log-probabilities and the gradient of their weighted sum."""
 
     @jax.jit
@@ -116,7 +117,7 @@ def close(actual, expected, tolerance=2e-5):
         assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1.0)
 
 
-unchunked, in_chunks = scored(head_chunk=ROWS * ROW_LEN), scored(head_chunk=14, remat=True)
+unchunked, in_chunks = scored(head_chunk=ROWS * ROW_LEN), scored(head_chunk=14, remat="full")
 
 
 @settings(max_examples=10, deadline=None)
@@ -159,7 +160,7 @@ def test_depth_zero_is_depth_two_with_empty_intervals():
     batch = packed(one_chain(ROW_LEN))
     no_depth = np.zeros((0, 1, ROW_LEN), np.int32)
     bare = dataclasses.replace(batch, hidden_start=no_depth, hidden_end=no_depth)
-    score = jax.jit(lambda batch: token_logprobs(DEF, PARAMS, batch, head_chunk=99, remat=False))
+    score = jax.jit(lambda batch: token_logprobs(DEF, PARAMS, batch, head_chunk=99, remat="none"))
     close(score(bare), score(batch))
 
 
@@ -174,7 +175,7 @@ def test_no_array_of_tokens_by_vocabulary_exists():
     batch = packed(one_chain(256))
 
     def total(params):
-        return token_logprobs(graphdef(config), params, batch, head_chunk=16, remat=False).sum()
+        return token_logprobs(graphdef(config), params, batch, head_chunk=16, remat="none").sum()
 
     params = jax.eval_shape(lambda: init_params(config, 0))
     compiled = jax.jit(jax.grad(total)).lower(params).compile()
@@ -184,4 +185,4 @@ def test_no_array_of_tokens_by_vocabulary_exists():
 
 def test_a_chunk_of_no_tokens_is_refused():
     with pytest.raises(ValueError, match="head_chunk=0"):
-        token_logprobs(DEF, PARAMS, packed(one_chain(8)), head_chunk=0, remat=False)
+        token_logprobs(DEF, PARAMS, packed(one_chain(8)), head_chunk=0, remat="none")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from tw_jax.kernels.residuals import attention_residuals
 from tw_jax.kernels.tile_plan import Hidden, TilePlan, pad_tokens
 
 # Finite, so that a query which has met no visible key yet gives exp(0) and not exp(nan); the mask
@@ -121,7 +122,7 @@ def _forward(q, k, v, end, bounds, plan: TilePlan):
 
 
 def _attend_fwd(q, k, v, end, bounds, plan):
-    out, log_total = _forward(q, k, v, end, bounds, plan)
+    out, log_total = attention_residuals(*_forward(q, k, v, end, bounds, plan))
     return out, (q, k, v, end, bounds, plan, out, log_total)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3 (dense) in Flax NNX: RMSNorm, QK-norm, grouped-query attention, RoPE, SwiGLU.
+"""Qwen3 in Flax NNX: RMSNorm, QK-norm, grouped-query attention, RoPE, SwiGLU or experts.
 
 The module declares parameters and the forward pass; how tokens attend to each other is the
 caller's business, passed as `attend`. Training closes it over a tree mask, the rollout engine
@@ -22,6 +22,7 @@ step. It does both once, outside its `while_loop`:
 Names follow the checkpoints of the Hugging Face implementation; matrices are stored `[in, out]`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -34,6 +35,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from tw_jax.models.config import Qwen3Config, check_positions
+from tw_jax.models.layers import (
+    Constrain,
+    Embedding,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    matmul,
+    unplaced,
+)
+from tw_jax.models.moe import ObserveRouter, RunExperts, SparseSwiGLU, all_experts
+from tw_jax.models.remat import Remat, name_layer_input, rematerialised
+from tw_jax.models.rope import rotary_angles, rotate
 
 Params = dict[str, Any]
 
@@ -57,76 +70,17 @@ class Attend(Protocol):
         ...
 
 
-def matmul(
-    x: Float[Array, "*b inner"], kernel: Float[Array, "inner out"]
-) -> Float32[Array, "*b out"]:
-    """`x @ kernel` with inputs in x's dtype, accumulated and returned in float32.
-
-    The float32 result is asked for explicitly: for a bfloat16 one, XLA's CPU backend would convert
-    the inputs to float32 first, at half the speed. Off a mesh the product is made two-dimensional,
-    since for the kernel's gradient that backend would otherwise write transposed copies of the
-    activations (a third of a training step). On a mesh the axes stay apart: they may be sharded.
-    """
-    tokens = x.shape[:-1]
-    if jax.sharding.get_abstract_mesh().empty:
-        x = x.reshape(-1, x.shape[-1])
-    out = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-    return out.reshape(*tokens, -1)
+_RESIDUAL = ("batch", "residual_length", "embed")
 
 
-def rotary_angles(
-    positions: Int32[Array, "*b len"], config: Qwen3Config
-) -> tuple[Float32[Array, "*b len 1 half"], Float32[Array, "*b len 1 half"]]:
-    """Cosine and sine of each position's rotation, ready to broadcast over heads."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angle = positions[..., None, None].astype(jnp.float32) * config.rope_theta**-exponent
-    return jnp.cos(angle), jnp.sin(angle)
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the caller decides about the forward pass; see `Qwen3.hidden_states`."""
 
-
-def rotate(
-    x: Float[Array, "*b len heads dim"],
-    cos: Float32[Array, "*b len 1 half"],
-    sin: Float32[Array, "*b len 1 half"],
-) -> Float[Array, "*b len heads dim"]:
-    """Rotary embedding in float32; element i is paired with element i + dim / 2."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale`, computed in float32."""
-
-    def __init__(self, width: int, config: Qwen3Config):
-        self.scale = nnx.Param(jnp.ones(width, config.param_dtype))
-        self.eps = config.rms_norm_eps
-
-    def __call__(self, x: Float[Array, "*b width"]) -> Float[Array, "*b width"]:
-        """Normalises the last axis; keeps the dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-class Linear(nnx.Module):
-    """A matrix without bias, stored `[in, out]`."""
-
-    def __init__(self, inner: int, out: int, config: Qwen3Config, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.initializer_range)
-        self.kernel = nnx.Param(init(rngs.params(), (inner, out), jnp.dtype(config.param_dtype)))
-
-    def __call__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b out"]:
-        """`x @ kernel` in the dtype of `x`."""
-        return matmul(x, self.kernel[...]).astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """The token embedding table `[vocab, hidden]`."""
-
-    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.initializer_range)
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+    attend: Attend
+    constrain: Constrain
+    run_experts: RunExperts
+    observe_router: ObserveRouter | None
 
 
 class SelfAttention(nnx.Module):
@@ -134,57 +88,55 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
+        hidden = config.hidden_size
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query_width, config, rngs)
-        self.k_proj = Linear(config.hidden_size, key_width, config, rngs)
-        self.v_proj = Linear(config.hidden_size, key_width, config, rngs)
-        self.o_proj = Linear(query_width, config.hidden_size, config, rngs)
-        self.q_norm = RMSNorm(config.head_dim, config)
-        self.k_norm = RMSNorm(config.head_dim, config)
+        self.q_proj = Linear((hidden, query_width), ("embed", "heads"), config, rngs)
+        self.k_proj = Linear((hidden, key_width), ("embed", "kv_heads"), config, rngs)
+        self.v_proj = Linear((hidden, key_width), ("embed", "kv_heads"), config, rngs)
+        self.o_proj = Linear((query_width, hidden), ("heads", "embed"), config, rngs)
+        self.q_norm = RMSNorm(config.head_dim, "norm", config)
+        self.k_norm = RMSNorm(config.head_dim, "norm", config)
 
-    def __call__(self, x, rotation, attend: Attend, layer, carry):
-        """Returns the mixed tokens `[*b len hidden]` and the attention's carry."""
+    def __call__(self, x, rotation, hooks: "Hooks", layer, carry):
+        """Returns the mixed tokens `[*b len hidden]` and the carry."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         with jax.named_scope("qkv"):
             q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), *rotation)
             k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), *rotation)
             v = self.v_proj(x).reshape(heads)
+            q = hooks.constrain(q, ("batch", "length", "heads", "head_dim"))
+            k = hooks.constrain(k, ("batch", "length", "kv_heads", "head_dim"))
+            v = hooks.constrain(v, ("batch", "length", "kv_heads", "head_dim"))
         with jax.named_scope("attend"):
-            out, carry = attend(q, k, v, layer, carry)
+            out, carry = hooks.attend(q, k, v, layer, carry)
         with jax.named_scope("o_proj"):
             return self.o_proj(out.astype(x.dtype).reshape(*x.shape[:-1], -1)), carry
-
-
-class SwiGLU(nnx.Module):
-    """Feed-forward layer `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config, rngs)
-
-    def __call__(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b hidden"]:
-        """Maps each token on its own."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.input_layernorm = RMSNorm(config.hidden_size, "norm", config)
         self.self_attn = SelfAttention(config, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
-        self.mlp = SwiGLU(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, "norm", config)
+        self.mlp = SparseSwiGLU(config, rngs) if config.moe else SwiGLU(config, rngs)
 
-    def __call__(self, x, rotation, attend: Attend, layer, carry):
-        """Returns the residual stream after this layer and the attention's carry."""
+    def __call__(self, x, rotation, hooks: "Hooks", layer, carry):
+        """Returns the residual stream after this layer and the carry."""
         with jax.named_scope("attention"):
-            mixed, carry = self.self_attn(self.input_layernorm(x), rotation, attend, layer, carry)
+            mixed, carry = self.self_attn(self.input_layernorm(x), rotation, hooks, layer, carry)
             x = x + mixed
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x)), carry
+            x_normed = self.post_attention_layernorm(x)
+            if isinstance(self.mlp, SwiGLU):
+                out = self.mlp(x_normed, hooks.constrain)
+            else:
+                out, routing = self.mlp(x_normed, hooks.run_experts)
+                if hooks.observe_router is not None:
+                    carry = hooks.observe_router(routing, carry)
+            return hooks.constrain(x + out, _RESIDUAL), carry
 
 
 class Qwen3(nnx.Module):
@@ -200,9 +152,10 @@ class Qwen3(nnx.Module):
             return Block(config, rngs)
 
         self.layers = stacked_blocks(rngs)
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = RMSNorm(config.hidden_size, "norm", config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, config, rngs)
+            shape = (config.hidden_size, config.vocab_size)
+            self.lm_head = Linear(shape, ("embed", "vocab"), config, rngs)
 
     def hidden_states(
         self,
@@ -212,8 +165,11 @@ class Qwen3(nnx.Module):
         carry: Any = None,
         *,
         unroll: bool = False,
-        remat: bool = False,
+        remat: Remat = "none",
         layers: Sequence[Params] | None = None,
+        constrain: Constrain | None = None,
+        run_experts: RunExperts | None = None,
+        observe_router: ObserveRouter | None = None,
     ) -> tuple[Float[Array, "*b len hidden"], Any]:
         """Runs all layers and the final norm.
 
@@ -222,21 +178,36 @@ class Qwen3(nnx.Module):
           positions: rotary positions. Checked against `max_position_embeddings` when they are
             known at trace time; traced positions must be checked on the host.
           attend: mixes tokens; called once per layer.
-          carry: first carry of `attend`.
+          carry: first carry of `attend` and `observe_router`.
           unroll: a Python loop over the layers (decoding on CPU) in place of `lax.scan`.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: what the backward pass keeps of each layer (`tw_jax.models.remat`).
           layers: each layer's own parameters (`unstack_layers`); implies `unroll`.
+          constrain: places activations on a mesh: the residual stream after the embedding and
+            after each layer, queries, keys and values, and the inner feed-forward activations of
+            dense layers. None: as the compiler likes.
+          run_experts: runs routed tokens through the experts, for callers that split the experts
+            over devices. None: all of them here.
+          observe_router: called in each layer with experts, to record where tokens went in the
+            carry; `attend` must hand that on. None: nothing is recorded.
 
         Returns:
           Hidden states after the final norm in the compute dtype, and the last carry.
 
         Raises:
           ValueError: concrete positions exceed `max_position_embeddings`.
+          UserError: `remat` is unknown, or asks for memory that the device does not have.
         """
+        hooks = Hooks(
+            attend,
+            unplaced if constrain is None else constrain,
+            all_experts if run_experts is None else run_experts,
+            observe_router,
+        )
         if not isinstance(positions, jax.core.Tracer):
             check_positions(self.config, np.asarray(positions))
         with jax.named_scope("embed"):
             x = self.embed_tokens.embedding[...][tokens].astype(self.config.compute_dtype)
+            x = hooks.constrain(x, _RESIDUAL)
         rotation = rotary_angles(positions, self.config)
         block_def, stacked_state = nnx.split(self.layers)
 
@@ -244,7 +215,7 @@ class Qwen3(nnx.Module):
             params, index = layer
             block = nnx.merge(block_def, params)
             x, carry = state
-            return block(x, rotation, attend, index, carry), None
+            return block(name_layer_input(x), rotation, hooks, index, carry), None
 
         if unroll or layers is not None:
             if layers is None:
@@ -253,11 +224,10 @@ class Qwen3(nnx.Module):
             for index, params in enumerate(layers):
                 # The index is bound outside `checkpoint`, which would trace it.
                 step = functools.partial(_unrolled_step, run_layer, index)
-                state = (jax.checkpoint(step) if remat else step)(state, params)
+                state = rematerialised(step, remat, in_scan=False)(state, params)
         else:
             indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
-            # Inside a scan, XLA cannot merge the recomputation with the forward pass anyway.
-            body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
+            body = rematerialised(run_layer, remat, in_scan=True)
             pure = nnx.to_pure_dict(stacked_state)
             state, _ = jax.lax.scan(body, (x, carry), (pure, indices))
         x, carry = state
@@ -313,3 +283,25 @@ def _init(config: Qwen3Config, key: Array) -> Params:
 def init_params(config: Qwen3Config, seed: int) -> Params:
     """Fresh parameters: matrices from `normal(initializer_range)`, norm scales one."""
     return _init(config, jax.random.key(seed))
+
+
+def abstract_params(config: Qwen3Config) -> Params:
+    """Shapes and dtypes of the parameters; allocates none."""
+    return jax.eval_shape(functools.partial(init_params, config, 0))
+
+
+def param_axes(config: Qwen3Config) -> Params:
+    """Names of every parameter's axes, in a tree like the parameters; see `tw_jax.models.layers`.
+
+    Its leaves are tuples: `jax.tree.map(..., is_leaf=lambda x: isinstance(x, tuple))`.
+    """
+    model = nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
+    tree: Params = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        *parents, name = map(str, path)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        axes = variable.get_metadata("logical_axes")
+        node[name] = ("layers", *axes) if parents[0] == "layers" else axes
+    return tree

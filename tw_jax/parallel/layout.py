@@ -6,6 +6,7 @@ mesh axis is used once, by the first name that asks for it, so that "embed" is s
 but whole in an activation whose "batch" has taken the same mesh axes already.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -163,3 +164,10 @@ class Layout:
             )
 
         return jax.tree.map(place, batch)
+
+
+def on_mesh(layout: Layout | None) -> contextlib.AbstractContextManager:
+    """Tells traced code which mesh it is for; nothing on one device."""
+    if layout is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)

@@ -166,7 +166,7 @@ def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedMode
             f"no run at {path}; train one first, e.g. `tw-jax sft` or `tw-jax quickstart`"
         )
     params, meta, loaded_step = restore_params(checkpoints_dir(path), step)
-    config = Qwen3Config(**meta["model"])
+    config = Qwen3Config.from_dict(meta["model"], origin=f"{path}, checkpoint {loaded_step}")
     tokenizer = _tokenizer_in(path / "tokenizer")
     return LoadedModel(
         graphdef=qwen3.graphdef(config),

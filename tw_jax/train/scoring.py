@@ -13,9 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.models.expert_parallel import experts_on
 from tw_jax.models.qwen3 import Params, Qwen3
+from tw_jax.models.remat import Remat
 from tw_jax.parallel.attention import plan_tiles_on, tree_attention_on
-from tw_jax.parallel.layout import Layout
+from tw_jax.parallel.layout import Layout, on_mesh
 
 
 def token_logprobs(
@@ -24,7 +26,7 @@ def token_logprobs(
     batch: PackedBatch,
     *,
     head_chunk: int,
-    remat: bool,
+    remat: Remat,
     layout: Layout | None = None,
 ) -> Float32[Array, "rows row_len"]:
     """Log-probability of every token given its path from the root.
@@ -38,7 +40,7 @@ def token_logprobs(
       batch: packed rows.
       head_chunk: tokens whose logits exist at the same time, over all rows; rounded down to whole
         columns of the batch, at least one. A batch that fits into one chunk is not looped over.
-      remat: recompute layers in the backward pass instead of keeping their activations.
+      remat: what the backward pass keeps of each layer (`tw_jax.models.remat`).
       layout: how batch and activations lie on a mesh; None on one device.
 
     Returns:
@@ -60,13 +62,33 @@ def token_logprobs(
         out = tree_attention_on(layout, q, k, v, batch.visible_end, hidden_intervals, plan)
         return out, carry
 
-    hidden, _ = model.hidden_states(batch.tokens, batch.positions, attend, remat=remat)
-    with jax.named_scope("gather_parents"):
-        hidden = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
-    with jax.named_scope("head_logprobs"):
-        logprobs = head_logprobs(model, hidden, batch.tokens, head_chunk)
+    with on_mesh(layout):
+        hidden, _ = model.hidden_states(
+            batch.tokens,
+            batch.positions,
+            attend,
+            remat=remat,
+            constrain=None if layout is None else layout.constrain,
+            run_experts=None if layout is None else experts_on(layout),
+        )
+        logprobs = _parent_logprobs(model, hidden, batch, head_chunk, layout)
     own_index = jnp.arange(batch.tokens.shape[-1], dtype=jnp.int32)
     return jnp.where(batch.parent == own_index, 0.0, logprobs)
+
+
+def _parent_logprobs(
+    model: Qwen3,
+    hidden: Float[Array, "rows row_len hidden"],
+    batch: PackedBatch,
+    head_chunk: int,
+    layout: Layout | None,
+) -> Float32[Array, "rows row_len"]:
+    with jax.named_scope("gather_parents"):
+        hidden = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
+        if layout is not None:
+            hidden = layout.constrain(hidden, ("batch", "length", "embed"))
+    with jax.named_scope("head_logprobs"):
+        return head_logprobs(model, hidden, batch.tokens, head_chunk)
 
 
 def head_logprobs(

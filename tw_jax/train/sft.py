@@ -167,7 +167,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     if layout is not None:
         layout.check_rows(config.data.rows, config.data.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
-    model = new_model(config.model, config.seed, layout)
+    model = new_model(config.model, config.seed)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     batches = iter(training_batches(config, model))
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float32
 from tw_jax.config_checks import require_at_least
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.qwen3 import Params
+from tw_jax.models.remat import Remat
 from tw_jax.parallel.layout import Layout
 from tw_jax.train.objective import ObjectiveConfig, policy_loss
 from tw_jax.train.scoring import token_logprobs
@@ -36,11 +37,14 @@ class MemoryConfig:
     """What the backward pass keeps and how wide the LM head runs.
 
     Attributes:
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass keeps of each layer. "none": everything; "dots": results of
+        matrix products and attention; "block": the layer's input and its attention's result;
+        "full": the input alone; "offload": the input, in the host's memory. The rest is
+        recomputed.
       head_chunk: tokens per chunk of LM head and log-softmax.
     """
 
-    remat: bool = False
+    remat: Remat = "none"
     head_chunk: int = 4096
 
     def __post_init__(self) -> None:
