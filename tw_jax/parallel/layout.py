@@ -110,12 +110,14 @@ class Layout:
         def one(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
             sharding = self.sharding(names)
             for dim, (size, entry) in enumerate(zip(leaf.shape, sharding.spec, strict=True)):
-                devices = int(np.prod([self.mesh.shape[a] for a in entry or ()]))
+                # JAX writes a single mesh axis as a name, several as a tuple.
+                over = (entry,) if isinstance(entry, str) else tuple(entry or ())
+                devices = int(np.prod([self.mesh.shape[a] for a in over]))
                 if size % devices:
                     name = jax.tree_util.keystr(path, simple=True, separator="/")
                     raise UserError(
                         f"parameter {name} has {size} along its axis {names[dim]!r}, which does "
-                        f"not divide over {devices} devices ({' x '.join(entry)}): choose a "
+                        f"not divide over {devices} devices ({' x '.join(over)}): choose a "
                         "smaller mesh axis, or another model"
                     )
             return sharding

@@ -163,13 +163,11 @@ def _decode(config: PlanConfig, layout: Layout) -> Program:
 
 
 def _abstract_batch(layout: Layout, rows: int, row_len: int, *, rl: bool) -> PackedBatch:
-    tokens = layout.sharding(("batch", "length"))
 
     def array(dtype: Any, *leading: int) -> jax.ShapeDtypeStruct:
         sharding = layout.sharding((*[None] * len(leading), "batch", "length"))
         return jax.ShapeDtypeStruct((*leading, rows, row_len), dtype, sharding=sharding)
 
-    del tokens
     floats = {name: array(jnp.float32) for name in ("advantage", "sampler_logprob") if rl}
     return PackedBatch(
         tokens=array(jnp.int32),
