@@ -77,6 +77,12 @@ VERBS = {
         "build the report of a run",
         folder_key="run_dir",
     ),
+    "plan": Verb(
+        "tw_jax.planning.plan",
+        "PlanConfig",
+        "run_plan",
+        "memory, work, traffic and a bracket of the step time, before anything runs",
+    ),
     "doctor": Verb(
         "tw_jax.doctor", "DoctorConfig", "run_doctor", "say what this machine has and lacks"
     ),

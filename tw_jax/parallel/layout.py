@@ -77,16 +77,20 @@ class Layout:
         """Devices along everything that a logical axis is spread over."""
         return int(np.prod([self.mesh.shape[name] for name in getattr(self.rules, axis)]))
 
-    def spec(self, axes: AxisNames) -> P:
-        """The partition of an array whose axes have these names; None is never split."""
+    def mesh_axes(self, axes: AxisNames) -> list[tuple[str, ...]]:
+        """The mesh axes that each axis of an array is spread over."""
         taken: set[str] = set()
-        entries: list[tuple[str, ...] | None] = []
+        found = []
         for axis in axes:
             wanted = () if axis is None else getattr(self.rules, axis)
             used = tuple(a for a in wanted if self.mesh.shape[a] > 1 and a not in taken)
             taken.update(used)
-            entries.append(used or None)
-        return P(*entries)
+            found.append(used)
+        return found
+
+    def spec(self, axes: AxisNames) -> P:
+        """The partition of an array whose axes have these names; None is never split."""
+        return P(*(used or None for used in self.mesh_axes(axes)))
 
     def sharding(self, axes: AxisNames) -> NamedSharding:
         """`spec` on this mesh."""
@@ -108,19 +112,16 @@ class Layout:
         """
 
         def one(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
-            sharding = self.sharding(names)
-            for dim, (size, entry) in enumerate(zip(leaf.shape, sharding.spec, strict=True)):
-                # JAX writes a single mesh axis as a name, several as a tuple.
-                over = (entry,) if isinstance(entry, str) else tuple(entry or ())
-                devices = int(np.prod([self.mesh.shape[a] for a in over]))
+            for axis, size, used in zip(names, leaf.shape, self.mesh_axes(names), strict=True):
+                devices = int(np.prod([self.mesh.shape[a] for a in used]))
                 if size % devices:
                     name = jax.tree_util.keystr(path, simple=True, separator="/")
                     raise UserError(
-                        f"parameter {name} has {size} along its axis {names[dim]!r}, which does "
-                        f"not divide over {devices} devices ({' x '.join(over)}): choose a "
-                        "smaller mesh axis, or another model"
+                        f"parameter {name} has {size} along its axis {axis!r}, which does not "
+                        f"divide over {devices} devices ({' x '.join(used)}): choose a smaller "
+                        "mesh axis, or another model"
                     )
-            return sharding
+            return self.sharding(names)
 
         return jax.tree_util.tree_map_with_path(one, abstract, axes)
 

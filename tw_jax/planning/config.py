@@ -32,7 +32,9 @@ class Assumptions:
         for name in ("matmul", "attention", "links"):
             worst, best = getattr(self, f"{name}_worst"), getattr(self, f"{name}_best")
             if not 0 < worst <= best <= 1:
-                raise ValueError(f"{name}_worst={worst}, {name}_best={best}: 0 < worst <= best <= 1")
+                raise ValueError(
+                    f"{name}_worst={worst}, {name}_best={best}: 0 < worst <= best <= 1"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class PlanConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "bfloat16"
     parallel: ParallelConfig = ParallelConfig()
-    memory: MemoryConfig = MemoryConfig()
+    memory: MemoryConfig = MemoryConfig(remat="block", head_chunk=65_536)
     rows: int | None = None
     row_len: int = 40_960
     micro_batches: int = 1

@@ -98,14 +98,15 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
     layout.check_rows(rows, config.row_len)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 1000)
     shapes = abstract_params(model)
-    placement = place_run(layout, shapes, param_axes(model), optimizer)
+    places = place_run(layout, shapes, param_axes(model), optimizer).state
+    assert places is not None  # there is a layout
     if config.program == "sft":
         loss = nll_sum(graphdef(model), config.memory, layout)
     else:
         loss = policy_sum(graphdef(model), ObjectiveConfig(), config.memory, layout)
-    update = make_update(loss, optimizer, placement.state)
+    update = make_update(loss, optimizer, places)
 
-    state = _placed(abstract_state(shapes, optimizer), placement.state)
+    state = _placed(abstract_state(shapes, optimizer), places)
     batch = _abstract_batch(layout, rows, config.row_len, rl=config.program == "rl")
     params, moments = {"params": _size(state.params)}, {"optimizer": _size(state.opt_state)}
     inputs = {"batch": _size(batch)}
@@ -119,7 +120,7 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
     grads = {"gradients": _size(state.params)}
     with jax.set_mesh(layout.mesh):
         first = update.first.trace(state.params, batch)
-        total = _placed(first.out_info, (placement.state.params, None), layout)
+        total = _placed(first.out_info, (places.params, None), layout)
         accumulate = update.accumulate.trace(state.params, total, batch)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated())
         apply = update.apply.trace(state, total[0], scalar)
