@@ -25,9 +25,8 @@ def run_plan(config: PlanConfig) -> int:
     Raises:
       UserError: the plan is impossible, or its compiler is missing.
     """
-    # Progress goes to the error stream: the last line of the output may be JSON.
     errors = Console(stderr=True, width=WIDTH, highlight=False)
-    console = Console(width=WIDTH, highlight=False, stderr=config.json == "-")
+    console = Console(width=WIDTH, highlight=False)
 
     def progress(line: str) -> None:
         errors.print(f"[dim]plan: {line}[/dim]")

@@ -207,7 +207,10 @@ def as_json(
 
 
 def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / GIB:.2f}"
+    if size is None:
+        return ""
+    gib = size / GIB
+    return f"{gib:.2f}" if gib >= 0.1 or not size else f"{gib:.2g}"
 
 
 def _seconds(value: float) -> str:
