@@ -21,6 +21,7 @@ class ProgramFacts:
       model_flops: the part of `traced_flops` that recomputation does not repeat; the U in MFU.
       arguments: bytes of what the program is given, by category.
       resident: bytes of what lies beside it in memory, by category.
+      argument_bytes: the compiler's own count of the arguments, tiling included; 0 if none.
       temporaries: bytes of everything between arguments and results.
       results: bytes of results that do not take an argument's place.
       code: bytes of the program itself.
@@ -44,6 +45,7 @@ class ProgramFacts:
     arguments: Mapping[str, int]
     resident: Mapping[str, int]
     compiled_flops: float = 0.0
+    argument_bytes: int = 0
     temporaries: int = 0
     results: int = 0
     code: int = 0
@@ -60,7 +62,8 @@ class ProgramFacts:
     @property
     def total_bytes(self) -> int:
         """Device memory that is safely enough: everything, as if all of it were alive at once."""
-        known = sum(self.arguments.values()) + sum(self.resident.values())
+        taken = max(sum(self.arguments.values()), self.argument_bytes)
+        known = taken + sum(self.resident.values())
         if self.exceeded:
             return max(self.exceeded, known)
         return known + self.temporaries + self.results + self.code

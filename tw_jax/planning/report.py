@@ -23,7 +23,7 @@ def show(
     mesh = " x ".join(f"{axis} {size}" for axis, size in facts.mesh.items() if size > 1) or "1"
     how = f"compiled with {facts.compiler}" if facts.compiler else "modelled, not compiled"
     console.print(
-        f"[bold]{config.program}[/bold] of {config.model} ({facts.parameters / 1e9:.2f} B "
+        f"[bold]{config.program}[/bold] of {config.model} ({_count(facts.parameters)} "
         f"parameters) on {topology.name}: {topology.devices} devices, mesh {mesh}; {how}"
     )
     console.print(_memory_table(facts, found))
@@ -213,8 +213,12 @@ def _gib(size: int | None) -> str:
     return f"{gib:.2f}" if gib >= 0.1 or not size else f"{gib:.2g}"
 
 
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
+
+
 def _seconds(value: float) -> str:
-    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _range(worst: float, best: float) -> str:

@@ -142,6 +142,7 @@ def _compiled(
     return dataclasses.replace(
         facts,
         compiled_flops=cost.flops,
+        argument_bytes=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
