@@ -7,6 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tw_jax import config as configs
+from tw_jax import config_fields
 from tw_jax.config import ConfigError, load_config, to_yaml
 
 
@@ -274,3 +275,74 @@ def test_unsupported_field_types_are_a_programming_error():
 
     with pytest.raises(TypeError, match="cannot hold fields of type"):
         load_config(Odd, None, ["table={}"])
+
+
+# --- shorthands and earlier names -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Settings of a model.
+
+    Attributes:
+      source: what to load.
+      width: of something.
+    """
+
+    source: str = dataclasses.field(
+        default="tiny", metadata={config_fields.SHORTHAND: True, config_fields.FORMERLY: ["preset"]}
+    )
+    width: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class WithModel:
+    """Settings of a run.
+
+    Attributes:
+      model: which one.
+      judge: another one; null for none.
+    """
+
+    model: Model = Model()
+    judge: Model | None = None
+
+
+def load_model(tmp_path, text: str, *overrides: str) -> WithModel:
+    file = tmp_path / "model.yaml"
+    file.write_text(text)
+    return load_config(WithModel, file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("model: Qwen/Qwen3-8B", [], Model("Qwen/Qwen3-8B")),
+        ("model: {source: a, width: 2}", [], Model("a", 2)),
+        ("model: {width: 2}", ["model=gs://b/c: #d"], Model("gs://b/c: #d", 2)),
+        ("model: a", ["model.width=3"], Model("a", 3)),
+        ("model: a", ["model={width: 3}"], Model("a", 3)),
+        ("model: a", ["model=7"], Model("7")),
+        ("model: {preset: old}", [], Model("old")),
+        ("", ["model.preset=old"], Model("old")),
+        ("model:\n", [], Model()),
+    ],
+)
+def test_a_plain_value_means_the_shorthand_field(tmp_path, text, overrides, expected):
+    config = load_model(tmp_path, text, *overrides)
+    assert config == WithModel(expected)
+    assert load_model(tmp_path, to_yaml(config)) == config
+    assert "preset" not in to_yaml(config)
+
+
+def test_null_turns_a_section_off_that_has_a_shorthand(tmp_path):
+    assert load_model(tmp_path, "judge: a").judge == Model("a")
+    assert load_model(tmp_path, "judge: a", "judge=null").judge is None
+    assert load_model(tmp_path, "judge: a", "judge='null'").judge == Model("null")
+
+
+def test_a_wrong_shorthand_names_its_place(tmp_path):
+    with pytest.raises(ConfigError, match=r"model.yaml:2: 'model.source' must be text, not 3"):
+        load_model(tmp_path, "\nmodel: 3")
+    with pytest.raises(ConfigError, match=r"model.yaml:1: 'model.width' must be int, not 'x'"):
+        load_model(tmp_path, "model: {width: x}")

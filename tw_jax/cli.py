@@ -33,6 +33,7 @@ class Verb:
         process's exit status.
       summary: one line for the list of verbs.
       folder_key: the setting that a folder on the command line stands for; "" for none.
+      folder_name: what that folder is, for the help text.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Verb:
     function: str
     summary: str
     folder_key: str = ""
+    folder_name: str = "folder of a run"
 
     def load(self) -> tuple[type, Callable[[Any], Any]]:
         """Imports the configuration class and the function."""
@@ -82,6 +84,21 @@ VERBS = {
         "PlanConfig",
         "run_plan",
         "memory, work, traffic and a bracket of the step time, before anything runs",
+    ),
+    "import": Verb(
+        "tw_jax.train.import_export",
+        "ImportConfig",
+        "run_import",
+        "make a run's folder of published weights",
+        folder_key="model",
+        folder_name="folder, hub id or URL of weights",
+    ),
+    "export": Verb(
+        "tw_jax.train.import_export",
+        "ExportConfig",
+        "run_export",
+        "write a run's model as safetensors that other libraries load",
+        folder_key="run_dir",
     ),
     "doctor": Verb(
         "tw_jax.doctor", "DoctorConfig", "run_doctor", "say what this machine has and lacks"
@@ -179,7 +196,7 @@ def _overview() -> str:
 
 def verb_help(name: str, verb: Verb, config_class: type) -> str:
     """The help text of a verb: its usage and every field of its configuration, explained."""
-    folder = " | folder of a run" if verb.folder_key else ""
+    folder = f" | {verb.folder_name}" if verb.folder_key else ""
     lines = [
         f"usage: tw-jax {name} [config.yaml{folder}] [a.b=value ...] [--print-config] [--help]",
         "",

@@ -2,9 +2,10 @@
 
 A configuration is a frozen dataclass, nested as deep as it reads well. Its values come from three
 places, later ones winning: the defaults in the class, one YAML file, and `a.b=value` words of the
-command line. Nothing is built until all three are merged, so a class's own checks
-(`__post_init__` raising ValueError) see final values only. Field explanations live in the
-`Attributes:` section of the class's docstring, where the help text finds them.
+command line. A plain value in place of a section sets the field of it that is marked as its
+shorthand (`model=tiny` is `model.source=tiny`). Nothing is built until all three are merged, so a
+class's own checks (`__post_init__` raising ValueError) see final values only. Field explanations
+live in the `Attributes:` section of the class's docstring, where the help text finds them.
 
 Admitted field types: bool, int, float, str, pathlib.Path, Literal, other dataclasses, tuples of
 these, and unions (`X | None`).
@@ -173,14 +174,22 @@ def _read_override(cls: type, word: str) -> Mapping[str, Any]:
     names = key.strip().lstrip("-").split(".")
     if not equals or not all(names):
         raise ConfigError(f"command line: {word!r} is not of the form key=value")
-    section, hint = cls, None
+    section, hint, field = cls, None, None
     for name in names:
-        field = fields_of(section).get(name) if section else None
+        fields = fields_of(section) if section else {}
+        field = fields.get(config_fields.renamed(fields, name))
         section, hint = (field.section, field.hint) if field else (None, None)
+    if field and field.shorthand and not text.startswith("{") and not _is_null(text, field):
+        names.append(field.shorthand.name)  # `model=tiny` is `model.source=tiny`
+        hint = field.shorthand.hint
     value = _read_word(text, hint)
     for name in reversed(names):
         value = {name: value}
     return value
+
+
+def _is_null(text: str, field: config_fields.Field) -> bool:
+    return field.admits_null and text in ("null", "~", "None")
 
 
 def _read_word(text: str, hint: Any) -> Any:
@@ -210,15 +219,19 @@ def _insert(
 ) -> None:
     """Checks raw values against the fields of `cls` and puts them into `tree`, nested ones too."""
     fields = fields_of(cls)
-    for name, value in raw.items():
+    for written, value in raw.items():
+        name = config_fields.renamed(fields, written)
         key = f"{prefix}{name}"
-        place = f"{origin}:{raw.lines[name]}" if isinstance(raw, _Lines) else origin
+        place = f"{origin}:{raw.lines[written]}" if isinstance(raw, _Lines) else origin
         if name not in fields:
             here = [f"{prefix}{known}" for known in fields]
             raise ConfigError(f"{place}: unknown key '{key}'; {_nearest(key, here, root)}")
         field = fields[name]
         if field.section and value is None and not field.admits_null:
             value = {}  # a heading whose entries are all commented out
+        if field.shorthand and value is not None and not isinstance(value, Mapping):
+            line = raw.lines[written] if isinstance(raw, _Lines) else None
+            value = _shorthand(field.shorthand.name, value, line)
         if field.section and isinstance(value, Mapping):
             if not isinstance(tree.get(name), dict):
                 tree[name] = {}
@@ -229,6 +242,15 @@ def _insert(
         except config_fields.Mismatch:
             found = f"{value!r:.60}" if value is not None else "null"
             raise ConfigError(f"{place}: '{key}' must be {field.type_name}, not {found}") from None
+
+
+def _shorthand(name: str, value: Any, line: int | None) -> Mapping[str, Any]:
+    """`{name: value}` on the given line of a file, if it is in one."""
+    if line is None:
+        return {name: value}
+    mapping = _Lines({name: value})
+    mapping.lines = {name: line}
+    return mapping
 
 
 def _build(cls: type[C], tree: _Tree, base: Any, prefix: str) -> C:

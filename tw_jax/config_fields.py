@@ -11,6 +11,10 @@ from typing import Any, Literal, Union
 
 REQUIRED = dataclasses.MISSING
 
+# Keys of a dataclass field's `metadata`:
+SHORTHAND = "shorthand"  # True: a plain value in place of the section means this field of it
+FORMERLY = "formerly"  # names that the field had in earlier versions, still understood
+
 
 class Mismatch(Exception):
     """A value that its field's type does not admit."""
@@ -40,6 +44,12 @@ class Field:
         return type_name(self.hint)
 
     @property
+    def shorthand(self) -> "Field | None":
+        """The field of its section that a plain value in place of the section means."""
+        inner = fields_of(self.section).values() if self.section else ()
+        return next((field for field in inner if field.declared.metadata.get(SHORTHAND)), None)
+
+    @property
     def admits_null(self) -> bool:
         """Whether null is a value of it."""
         return types.NoneType in alternatives(self.hint)
@@ -62,6 +72,14 @@ def fields_of(cls: type) -> dict[str, Field]:
             name, hint = declared.name, hints[declared.name]
             found[name] = Field(name, hint, _section(hint), explained.get(name, ""), declared)
     return found
+
+
+def renamed(fields: dict[str, Field], name: str) -> str:
+    """The present name of a field that may be called by an earlier one."""
+    for field in fields.values():
+        if name in field.declared.metadata.get(FORMERLY, ()):
+            return field.name
+    return name
 
 
 def _section(hint: Any) -> type | None:

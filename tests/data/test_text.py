@@ -12,10 +12,12 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.small_tokenizer import bpe_tokenizer
 from tw_jax.data.text import encode_prompt, encode_response, encode_user_text
 from tw_jax.errors import UserError
 from tw_jax.tasks.character_tokenizer import build_tokenizer, load_tokenizer
 from tw_jax.trajectory.threadweaver import THREADWEAVER_TAGS
+from tw_jax.trajectory.vocabulary import add_control_tokens
 
 QWEN3_DIR = pathlib.Path(__file__).parents[3] / "shared" / "qwen3_tokenizer"
 OTHER_CONTROL = ("<eos>", "<bos>", "<pad>", "<unk>", "<think>", "</think>", "<|im_end|>")
@@ -33,15 +35,20 @@ pieces = st.one_of(
 texts = st.lists(pieces, max_size=8).map("".join)
 
 
-@pytest.fixture(scope="module", params=["characters", "qwen3"])
-def tokenizer(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module", params=["characters", "built", "qwen3"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The shipped tokenizer, and published ones as a run's folder holds them after an import."""
     if request.param == "characters":
         return load_tokenizer()
-    if not QWEN3_DIR.exists():
+    if request.param == "built":
+        published = bpe_tokenizer()
+    elif QWEN3_DIR.exists():
+        published = transformers.AutoTokenizer.from_pretrained(str(QWEN3_DIR))
+    else:
         pytest.skip(f"no Qwen3 tokenizer at {QWEN3_DIR}")
-    qwen3 = transformers.AutoTokenizer.from_pretrained(str(QWEN3_DIR))
-    qwen3.add_special_tokens({"extra_special_tokens": list(THREADWEAVER_TAGS)})
-    return qwen3
+    folder = tmp_path_factory.mktemp("tokenizer")
+    add_control_tokens(published, THREADWEAVER_TAGS)[0].save_pretrained(str(folder))
+    return transformers.AutoTokenizer.from_pretrained(str(folder))
 
 
 def added_ids(tokenizer: Any) -> set[int]:

@@ -74,7 +74,7 @@ def random_batch(vocab_size: int, *, hidden: bool) -> PackedBatch:
     """Rows of random trees with branches, several trees and padding."""
     rng = np.random.default_rng(0)
     rows = [
-        forest_row([(int(rng.integers(0, 30)), int(rng.integers(1, 25))) for _ in range(9)], ROW_LEN)
+        forest_row([(int(c), int(n)) for c, n in rng.integers((0, 1), (30, 25), (9, 2))], ROW_LEN)
         for _ in range(ROWS)
     ]
     parent, visible_end, depth = (np.stack(arrays) for arrays in zip(*rows, strict=True))
@@ -115,7 +115,8 @@ def compare(name: str) -> dict:
             found["collectives"] = count_by_kind(text, layout)
             found["mesh"] = layout.describe()
             shards = [
-                leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.params)
+                leaf.addressable_shards[0].data.size / leaf.size
+                for leaf in jax.tree.leaves(state.params)
             ]
             found["smallest_share"], found["largest_share"] = min(shards), max(shards)
         after, metrics = update(state, [placed])

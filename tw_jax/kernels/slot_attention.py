@@ -157,7 +157,7 @@ def _attend(
     rows, length, heads, dim = q.shape
     kv_heads, block_len = keys[0].shape[1], keys[0].shape[3]
     # Query heads that share a key head, and the queries of a chunk, are the rows of one product.
-    grouped = (q * dim**-0.5).reshape(rows, length, kv_heads, heads // kv_heads, dim)
+    grouped = q.reshape(rows, length, kv_heads, heads // kv_heads, dim)
     grouped = grouped.astype(keys[0].dtype)
     offset = jnp.arange(block_len)
     scores = []
@@ -165,6 +165,8 @@ def _attend(
         product = jnp.einsum(
             "rlkgd,rkds->rklgs", grouped, block, preferred_element_type=jnp.float32
         )
+        # Scaled after the product, as in training: rounding then agrees between the two.
+        product = product * dim**-0.5
         visible = index * block_len + offset <= positions[:, None, :, None, None]
         scores.append(jnp.where(visible, product, _MASKED))
     highest = jnp.stack([block.max(axis=-1) for block in scores]).max(axis=0)

@@ -3,6 +3,7 @@
 runs/NAME/
   config.yaml      the resolved configuration
   tokenizer/       the tokenizer, as any Hugging Face tokenizer is stored
+  generation_config.json   settings of generation that came with imported weights
   checkpoints/     orbax; each step holds model configuration, parameters and training state
   metrics.jsonl    one line per logged step
   tensorboard/     the same for TensorBoard
@@ -11,60 +12,60 @@ runs/NAME/
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from tw_jax import config_fields
 from tw_jax.config import to_yaml
+from tw_jax.config_checks import require_at_least
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS, Qwen3Config
-from tw_jax.tasks.character_tokenizer import TOKENIZER_DIR, load_tokenizer
+from tw_jax.parallel.layout import Layout
+from tw_jax.tasks.character_tokenizer import TOKENIZER_DIR
 from tw_jax.train.checkpoint import Checkpointer, restore_params
+from tw_jax.train.published import load_published, tokenizer_in
 from tw_jax.train.state import init_train_state
 from tw_jax.trajectory.schema import Schema
-from tw_jax.trajectory.schemas import make_schema
+from tw_jax.trajectory.schemas import make_schema, schema_tags
+from tw_jax.trajectory.vocabulary import add_control_tokens, ids_needed
+
+_GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which model, tokenizer and schema a run trains.
+    """Which model, tokenizer and schema a run trains. `model=NAME` is short for `model.source`.
 
     Attributes:
-      preset: name of a published or small size (tw_jax.models.config.PRESETS).
-      tokenizer: a Hugging Face tokenizer folder; "character" is the one that ships with the tasks.
-      schema: the language of parallel thought.
+      source: name of a preset (tw_jax.models.config.PRESETS), which starts from random weights; or
+        published safetensors: a local folder, a hub id such as Qwen/Qwen3-8B, or a URL such as
+        gs://bucket/folder; or the folder of a run, whose newest checkpoint is taken.
+      tokenizer: a Hugging Face tokenizer folder; "auto" is the one beside the weights, for presets
+        "character", which ships with the tasks.
+      schema: the language of parallel thought; control tokens that the tokenizer lacks are added.
+      param_dtype: dtype in which parameters are held and trained.
       compute_dtype: dtype of matrix products; norms, softmax and loss stay float32.
+      vocab_multiple: rows of a published vocabulary are rounded up to a multiple of this, so that
+        they divide by the devices that share them; they are never cut down.
     """
 
-    preset: str = "tiny"
-    tokenizer: str = "character"
+    source: str = dataclasses.field(
+        default="tiny", metadata={config_fields.SHORTHAND: True, config_fields.FORMERLY: ["preset"]}
+    )
+    tokenizer: str = "auto"
     schema: str = "threadweaver"
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    vocab_multiple: int = 64
 
-    def qwen3(self) -> Qwen3Config:
-        """The architecture.
-
-        Raises:
-          UserError: unknown preset.
-        """
-        if self.preset not in PRESETS:
-            raise UserError(f"model.preset: unknown {self.preset!r}; known: {', '.join(PRESETS)}")
-        return dataclasses.replace(PRESETS[self.preset], compute_dtype=self.compute_dtype)
-
-    def load_tokenizer(self) -> Any:
-        """The tokenizer."""
-        return _tokenizer_in(TOKENIZER_DIR if self.tokenizer == "character" else self.tokenizer)
-
-
-def _tokenizer_in(folder: str | pathlib.Path) -> Any:
-    try:
-        return load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: no usable Hugging Face tokenizer there ({reason})") from error
+    def __post_init__(self) -> None:
+        require_at_least(self, vocab_multiple=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +78,65 @@ class LoadedModel:
     tokenizer: Any
     schema: Schema
     step: int
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def new_model(config: ModelConfig, seed: int) -> LoadedModel:
-    """A freshly initialised model.
+def new_model(config: ModelConfig, seed: int, layout: Layout | None = None) -> LoadedModel:
+    """The model that a run starts from: random weights, published ones, or those of another run.
+
+    Args:
+      config: which model.
+      seed: of random weights.
+      layout: the mesh over which published weights are spread as they are read; all others are
+        whole on one device.
 
     Raises:
-      UserError: unknown preset or schema, or a vocabulary larger than the model's.
+      UserError: unknown source or schema, unusable files, or a tokenizer larger than the model's
+        vocabulary.
     """
-    architecture = config.qwen3()
-    tokenizer = config.load_tokenizer()
-    if len(tokenizer) > architecture.vocab_size:
+    if config.source in PRESETS:
+        return _fresh_model(config, seed)
+    if has_checkpoint(config.source):
+        return _model_of_run(config)
+    if "/" not in config.source and not pathlib.Path(config.source).exists():
         raise UserError(
-            f"model.preset {config.preset!r} embeds {architecture.vocab_size} ids, but the "
-            f"tokenizer {config.tokenizer!r} has {len(tokenizer)}"
+            f"model.source: {config.source!r} is no preset ({', '.join(PRESETS)}) and no folder "
+            "here; a hub id has an owner, as in Qwen/Qwen3-8B"
+        )
+    published = load_published(
+        config.source,
+        tokenizer=None if config.tokenizer == "auto" else _tokenizer_folder(config.tokenizer),
+        schema=config.schema,
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        vocab_multiple=config.vocab_multiple,
+        layout=layout,
+    )
+    return LoadedModel(
+        graphdef=qwen3.graphdef(published.config),
+        params=published.params,
+        config=published.config,
+        tokenizer=published.tokenizer,
+        schema=published.schema,
+        step=0,
+        generation_config=published.generation_config,
+    )
+
+
+def _fresh_model(config: ModelConfig, seed: int) -> LoadedModel:
+    architecture = dataclasses.replace(
+        PRESETS[config.source],
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+    )
+    name = "character" if config.tokenizer == "auto" else config.tokenizer
+    tokenizer = tokenizer_in(_tokenizer_folder(name))
+    tokenizer, _ = add_control_tokens(tokenizer, schema_tags(config.schema))
+    if ids_needed(tokenizer) > architecture.vocab_size:
+        raise UserError(
+            f"model.source {config.source!r} embeds {architecture.vocab_size} ids, but the "
+            f"tokenizer {name!r} needs {ids_needed(tokenizer)} with its control tokens; take a "
+            "larger preset or another tokenizer"
         )
     return LoadedModel(
         graphdef=qwen3.graphdef(architecture),
@@ -100,6 +146,29 @@ def new_model(config: ModelConfig, seed: int) -> LoadedModel:
         schema=make_schema(config.schema, tokenizer),
         step=0,
     )
+
+
+def _model_of_run(config: ModelConfig) -> LoadedModel:
+    model = load_run(config.source)
+    if config.tokenizer != "auto" or config.schema != model.schema.name:
+        raise UserError(
+            f"model.source: the run {config.source} brings its own tokenizer and schema "
+            f"({model.schema.name}); leave model.tokenizer and model.schema as they are"
+        )
+    architecture = dataclasses.replace(
+        model.config, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype
+    )
+    return dataclasses.replace(
+        model,
+        graphdef=qwen3.graphdef(architecture),
+        params=jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), model.params),
+        config=architecture,
+        step=0,
+    )
+
+
+def _tokenizer_folder(name: str) -> str | pathlib.Path:
+    return TOKENIZER_DIR if name == "character" else name
 
 
 def checkpoints_dir(run_dir: str | pathlib.Path) -> pathlib.Path:
@@ -148,6 +217,8 @@ def save_model(run_dir: str | pathlib.Path, model: LoadedModel, params: qwen3.Pa
     path = pathlib.Path(run_dir)
     path.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save_pretrained(str(path / "tokenizer"))
+    if model.generation_config:
+        (path / _GENERATION_CONFIG).write_text(json.dumps(dict(model.generation_config), indent=2))
     state = init_train_state(params, optax.identity())
     state = dataclasses.replace(state, step=jnp.asarray(model.step, jnp.int32))
     with Checkpointer(checkpoints_dir(path), keep=1) as checkpointer:
@@ -167,7 +238,8 @@ def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedMode
         )
     params, meta, loaded_step = restore_params(checkpoints_dir(path), step)
     config = Qwen3Config.from_dict(meta["model"], origin=f"{path}, checkpoint {loaded_step}")
-    tokenizer = _tokenizer_in(path / "tokenizer")
+    tokenizer = tokenizer_in(path / "tokenizer")
+    generation = path / _GENERATION_CONFIG
     return LoadedModel(
         graphdef=qwen3.graphdef(config),
         params=params,
@@ -175,4 +247,5 @@ def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedMode
         tokenizer=tokenizer,
         schema=make_schema(meta["schema"], tokenizer),
         step=loaded_step,
+        generation_config=json.loads(generation.read_text()) if generation.is_file() else {},
     )

@@ -111,11 +111,11 @@ class SFTConfig:
     task: TaskConfig = TaskConfig()
     data: SFTDataConfig = SFTDataConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=4e-3,
+        learning_rate=3e-3,
         final_learning_rate_fraction=0.05,
         warmup_steps=50,
         beta2=0.98,
-        weight_decay=0.1,
+        weight_decay=0.2,
     )
     memory: MemoryConfig = MemoryConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -167,7 +167,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     if layout is not None:
         layout.check_rows(config.data.rows, config.data.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
-    model = new_model(config.model, config.seed)
+    model = new_model(config.model, config.seed, layout)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     batches = iter(training_batches(config, model))
 

@@ -1,5 +1,6 @@
 """Facts about a tokenizer's vocabulary that a schema needs to read structure from token ids."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,44 @@ def control_token_ids(tokenizer: Any, tags: Sequence[str]) -> Int32[np.ndarray, 
     missing = [tag for tag, i in zip(tags, ids, strict=True) if i is None or i == unknown]
     if missing:
         raise UserError(
-            f"the tokenizer does not hold the control tags {', '.join(missing)}; add them with "
-            "tokenizer.add_special_tokens({'extra_special_tokens': [...]}) and resize the model"
+            f"the tokenizer does not hold the control tags {', '.join(missing)}; "
+            "`tw-jax import` adds them to tokenizer and model"
         )
     return np.asarray(ids, np.int32)
+
+
+def add_control_tokens(
+    tokenizer: Any, tags: Sequence[str]
+) -> tuple[Any, dict[int, tuple[int, ...]]]:
+    """Adds the control tags that a tokenizer lacks, as special tokens behind its vocabulary.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer; it stays as it is.
+      tags: the control tags.
+
+    Returns:
+      A tokenizer that has them all, and for each id that is new the ids of its tag's word pieces
+      (of `/Thread` for `</Thread>`), whose mean is a sensible first embedding: ThreadWeaver's
+      choice (released code, `threadweaver_sft`).
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [tag for tag in tags if tag not in vocabulary]
+    if not missing:
+        return tokenizer, {}
+    pieces = [
+        tuple(tokenizer(tag.strip("<>"), add_special_tokens=False).input_ids) for tag in missing
+    ]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": missing}, replace_extra_special_tokens=False
+    )
+    new_ids = tokenizer.convert_tokens_to_ids(missing)
+    return tokenizer, dict(zip(new_ids, pieces, strict=True))
+
+
+def ids_needed(tokenizer: Any) -> int:
+    """Rows that an embedding must have for every id of a tokenizer; ids may leave gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def token_classes(tokenizer: Any, tag_ids: Int32[np.ndarray, "tags"]) -> TokenClasses:
