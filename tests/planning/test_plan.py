@@ -10,7 +10,7 @@ from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.errors import UserError
 from tw_jax.parallel.mesh import ParallelConfig
-from tw_jax.planning.chips import GIB, parse_topology
+from tw_jax.planning.chips import parse_topology
 from tw_jax.planning.compiling import cache_key, facts_of
 from tw_jax.planning.config import Assumptions, PlanConfig
 from tw_jax.planning.programs import live_tiles, model_of
@@ -167,7 +167,8 @@ def test_what_does_not_fit_is_told_with_its_size(capsys):
 @pytest.mark.slow
 def test_arguments_are_exactly_what_the_program_takes(capsys):
     """The shards that we add up are what the compiler reports as its arguments."""
-    config = load_config(PlanConfig, None, [*TINY, "topology=v5e:2x2", "cache_dir="])
+    words = ["model=qwen3-0.6b", "row_len=1024", "memory.head_chunk=1024"]
+    config = load_config(PlanConfig, None, [*words, "topology=v5e:4x4", "cache_dir="])
     [program] = facts_of(config, lambda line: None).programs
-    assert program.temporaries < GIB
-    assert program.argument_bytes == pytest.approx(sum(program.arguments.values()), rel=0.02)
+    # Vectors are padded to whole tiles, nothing else is.
+    assert program.argument_bytes == pytest.approx(sum(program.arguments.values()), rel=1e-3)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from tw_jax.planning.chips import parse_topology
 from tw_jax.planning.config import Assumptions, PlanConfig
 from tw_jax.planning.facts import StepFacts, from_json
 from tw_jax.planning.tpu_environment import compiler_environment, libtpu_version
+
+_CHECK = re.compile(r"Check failed: .*")
 
 Progress = Callable[[str], None]
 
@@ -99,6 +102,11 @@ def _work(config: PlanConfig, progress: Progress) -> dict[str, Any]:
             raise UserError(
                 f"compiling for {config.topology} took more than timeout_s={config.timeout_s} "
                 "seconds; raise it, or plan on a machine with less load"
+            )
+        if status < 0 and (failed := _CHECK.search(said)):
+            raise UserError(
+                f"the TPU compiler itself broke down on this program for {config.topology} "
+                f"({failed.group(0)[:200]}); other sizes or another mesh may avoid it"
             )
         if status != 0 or not result.is_file():
             raise RuntimeError(f"the planning process ended with status {status}:\n{said}")
