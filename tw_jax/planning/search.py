@@ -158,7 +158,10 @@ def rank(configs: list[PlanConfig], topology: Topology, progress: Progress) -> l
 def describe(config: PlanConfig) -> str:
     """A candidate in words."""
     p = config.parallel
-    axes = (("data", p.data), ("fsdp", p.fsdp), ("context", p.context), ("tensor", p.tensor))
+    axes = (
+        *(("data", p.data), ("fsdp", p.fsdp), ("expert", p.expert)),
+        *(("context", p.context), ("tensor", p.tensor)),
+    )
     mesh = " x ".join(f"{name} {size}" for name, size in axes if size and size > 1) or "1 device"
     if config.program == "decode":
         return mesh
