@@ -53,6 +53,12 @@ def test_best_is_the_slowest_part_and_worst_is_the_sum():
     assert found.wire_gb == pytest.approx(2 * 3 * 90)
 
 
+def test_the_busiest_device_sets_the_pace_of_attention():
+    found = estimate(facts(attention_imbalance=1.75), V5P, SURE)
+    assert found.parts["attention"].best == pytest.approx(2 * 1.75)
+    assert found.parts["matmul"].best == pytest.approx(4)
+
+
 def test_assumptions_widen_the_bracket():
     sure = estimate(facts(), V5P, SURE)
     unsure = estimate(facts(), V5P, Assumptions())

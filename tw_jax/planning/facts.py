@@ -18,6 +18,7 @@ class ProgramFacts:
       traced_flops: work of all devices, counted before compilation.
       compiled_flops: work of one device, read from the compiled program; 0 if there is none.
       attention_flops: the part of `traced_flops` in tree attention.
+      attention_imbalance: attention of the busiest device over the mean of all.
       model_flops: the part of `traced_flops` that recomputation does not repeat; the U in MFU.
       arguments: bytes of what the program is given, by category.
       resident: bytes of what lies beside it in memory, by category.
@@ -44,6 +45,7 @@ class ProgramFacts:
     model_flops: float
     arguments: Mapping[str, int]
     resident: Mapping[str, int]
+    attention_imbalance: float = 1.0
     compiled_flops: float = 0.0
     argument_bytes: int = 0
     temporaries: int = 0

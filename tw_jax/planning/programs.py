@@ -44,6 +44,7 @@ class Program:
       scopes: trips of its data-dependent loops on one device.
       arguments: bytes per device of what it is given, by category.
       resident: bytes per device that lie in memory meanwhile, by category.
+      attention_imbalance: attention of the busiest device over the mean of all.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Program:
     scopes: Mapping[str, float]
     arguments: Mapping[str, int]
     resident: Mapping[str, int]
+    attention_imbalance: float = 1.0
 
 
 def model_of(config: PlanConfig) -> Qwen3Config:
@@ -79,6 +81,15 @@ def live_tiles(config: PlanConfig, rows: int) -> float:
     """Attention tiles that are visited for so many whole rows."""
     blocks = -(-config.row_len // default_tile(config.row_len))
     return rows * max(blocks, config.visible * blocks * (blocks + 1) / 2)
+
+
+def attention_imbalance(layout: Layout) -> float:
+    """Attention of the busiest device over the mean, for causal rows cut into equal parts.
+
+    Later queries see more keys: of `n` parts the last one holds `2n - 1` of `n * n` shares.
+    """
+    parts = layout.size("length")
+    return (2 * parts - 1) / parts
 
 
 def programs(config: PlanConfig, layout: Layout) -> list[Program]:
@@ -116,7 +127,8 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
     if config.micro_batches == 1:
         with jax.set_mesh(layout.mesh):
             whole = update.whole.trace(state, batch)
-        return [Program("update", 1, whole, scopes, params | moments | inputs, {})]
+        taken = params | moments | inputs
+        return [Program("update", 1, whole, scopes, taken, {}, attention_imbalance(layout))]
     grads = {"gradients": _size(state.params)}
     with jax.set_mesh(layout.mesh):
         first = update.first.trace(state.params, batch)
@@ -124,12 +136,11 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
         accumulate = update.accumulate.trace(state.params, total, batch)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated())
         apply = update.apply.trace(state, total[0], scalar)
-    further = config.micro_batches - 1
+    further, skew = config.micro_batches - 1, attention_imbalance(layout)
+    taken = params | grads | inputs
     return [
-        Program("first micro-batch", 1, first, scopes, params | inputs, moments),
-        Program(
-            "further micro-batch", further, accumulate, scopes, params | grads | inputs, moments
-        ),
+        Program("first micro-batch", 1, first, scopes, params | inputs, moments, skew),
+        Program("further micro-batch", further, accumulate, scopes, taken, moments, skew),
         Program("optimizer", 1, apply, {}, params | moments | grads, inputs),
     ]
 

@@ -141,6 +141,12 @@ def _assumptions(config: PlanConfig, facts: StepFacts) -> str:
             f"Attention visits {config.visible:.0%} of a causal row's tiles (visible=) and is "
             "taken for a kernel that keeps its tiles on the chip."
         )
+        skew = max(p.attention_imbalance for p in facts.programs)
+        if skew > 1:
+            lines.append(
+                f"Along the context axis the busiest device does {skew:.2f} times the mean of it: "
+                "later queries see more keys."
+            )
         moved = sum(p.runs * p.attention_bytes for p in facts.programs)
         if moved:
             lines.append(f"As the XLA loop of today it moves {moved / 1e12:.1f} TB per device.")

@@ -73,7 +73,7 @@ def estimate(facts: StepFacts, topology: Topology, assume: Assumptions) -> Estim
     for p in facts.programs:
         work = p.compiled_flops or p.traced_flops / devices
         own = p.attention_flops / devices
-        attention += p.runs * own / chip.peak_flops
+        attention += p.runs * own * p.attention_imbalance / chip.peak_flops
         matmul += p.runs * max(work - own, 0.0) / chip.peak_flops
         memory += p.runs * p.memory_bytes / chip.hbm_bandwidth
         wire += p.runs * sum(c.wire_bytes for c in p.collectives)

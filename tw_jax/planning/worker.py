@@ -105,6 +105,7 @@ def _known(program: Program, counted: FlopCount, *, compiled: bool) -> ProgramFa
         model_flops=total - counted.recomputed - backward * _BACKWARD_REPEATS,
         arguments=dict(program.arguments),
         resident=dict(program.resident),
+        attention_imbalance=program.attention_imbalance,
     )
 
 
