@@ -43,11 +43,22 @@ def test_backward_and_recomputation_of_a_scope_are_one_entry():
 
         return jax.checkpoint(body)(x).sum()
 
-    found = count(jax.grad(f, argnums=(0, 1)), jnp.ones((8, 16)), jnp.ones((16, 16)))
+    found = count(jax.value_and_grad(f, (0, 1)), jnp.ones((8, 16)), jnp.ones((16, 16)))
     one = 2 * 8 * 16 * 16
     # Forward 2, recomputed 2 (tanh needs its output), backward 2 each for x and w.
     assert found.by_scope == {"layer": 8 * one}
     assert found.recomputed == 2 * one
+
+
+def test_what_nobody_reads_does_not_count():
+    def f(x, which):
+        def branch(x):
+            x @ x @ x  # the last layer of a prefill, of which only the cache is wanted
+            return x @ x
+
+        return jax.lax.scan(lambda x, _: (jax.lax.cond(which, branch, branch, x), None), x, None, 3)
+
+    assert count(f, jnp.ones((16, 16)), True).total == 3 * 2 * 16**3
 
 
 def test_data_dependent_loops():
