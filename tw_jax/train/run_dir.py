@@ -57,9 +57,7 @@ class ModelConfig:
         they divide by the devices that share them; they are never cut down.
     """
 
-    source: str = dataclasses.field(
-        default="tiny", metadata={config_fields.SHORTHAND: True, config_fields.FORMERLY: ["preset"]}
-    )
+    source: str = dataclasses.field(default="tiny", metadata={config_fields.SHORTHAND: True})
     tokenizer: str = "auto"
     schema: str = "threadweaver"
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
