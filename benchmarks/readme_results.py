@@ -21,8 +21,7 @@ def results_block() -> str:
     lines = [
         "`make quickstart` on two CPU cores, 512 held-out problems per style, one column per seed.",
         "The first column is the seed in the config; RL starts from an earlier SFT checkpoint that",
-        "still makes mistakes. The runs shared the two cores with each other and with other work;",
-        "no run alone on the machine has been timed yet.",
+        "still makes mistakes. Minutes depend on what else runs: see the note below the table.",
         "",
         "| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |",
         "|---|" + "---|" * len(runs),
