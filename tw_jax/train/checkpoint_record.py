@@ -230,6 +230,8 @@ def _setting_differences(saved: Any, expected: Any, prefix: str = "") -> list[st
     """Expected values that are not the saved ones, as `model.hidden_size (checkpoint: ...)`."""
     differences = []
     for name, here in expected.items():
+        if here is None and name not in saved:
+            continue  # the setting came later, and null means as before
         there = saved.get(name, "absent")
         if isinstance(here, dict) and isinstance(there, dict):
             differences += _setting_differences(there, here, f"{prefix}{name}.")
