@@ -107,4 +107,4 @@ def test_the_tpu_program_holds_the_compilers_own_operation():
     )
     text = value_and_gradients.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count('"chlo.ragged_dot"(') == 2
-    assert text.count("stablehlo.while") == 1
+    assert "stablehlo.while" in text
