@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-BENCHMARKS = ("trie", "train", "parity")
+BENCHMARKS = ("trie", "train", "parity", "checkpoint-io")
 
 
 def main() -> None:
@@ -15,7 +15,8 @@ def main() -> None:
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--json", metavar="FILE", help="write the JSON here too; '-' for stdout")
     arguments = parser.parse_args()
-    result = importlib.import_module(f"benchmarks.{arguments.name}").run()
+    module = f"benchmarks.{arguments.name.replace('-', '_')}"
+    result = importlib.import_module(module).run()
     line = json.dumps(result)
     if arguments.json and arguments.json != "-":
         pathlib.Path(arguments.json).write_text(line + "\n", encoding="utf-8")

@@ -106,4 +106,5 @@ def test_activations_are_offered_for_placement(config, unroll):
         *([] if config.moe else [(("batch", "length", "mlp"), (2, 7, 80))]),
         stream,
     ]
-    assert offered == [stream] + layer * (3 if unroll else 1)
+    table = (("vocab", None), (config.vocab_size, 48))
+    assert offered == [table, stream] + layer * (3 if unroll else 1)

@@ -24,6 +24,7 @@ from tw_jax.models.hf_config import config_from_hf, config_to_hf
 from tw_jax.models.import_weights import load_params
 from tw_jax.models.safetensors_file import read_json
 from tw_jax.models.weight_location import open_folder
+from tw_jax.trajectory.vocabulary import add_control_tokens
 
 TIED = dataclasses.replace(SMALL, vocab_size=320)
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False, rope_theta=1e6)
@@ -160,6 +161,27 @@ def test_the_dtype_can_be_chosen(tokenizer: Any, tmp_path: pathlib.Path) -> None
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), loaded, params
     )
+
+
+def test_the_tokenizer_is_written_in_words_that_transformers_4_knows(
+    tokenizer: Any, tmp_path: pathlib.Path
+) -> None:
+    """Checked against 4.57.6 by hand: with version 5's own words it refuses the folder."""
+    import transformers
+
+    tags = ["<Parallel>", "</Parallel>"]
+    tokenizer, _ = add_control_tokens(tokenizer, tags)
+    export_model(tmp_path / "out", on_device(seeded_params(TIED)), TIED, tokenizer)
+    fields = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert fields["additional_special_tokens"] == tags
+    assert "extra_special_tokens" not in fields
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["transformers_version"] == transformers.__version__
+    again = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens
+    assert again.special_tokens_map == tokenizer.special_tokens_map
 
 
 def test_settings_of_generation_are_kept(tokenizer: Any, tmp_path: pathlib.Path) -> None:

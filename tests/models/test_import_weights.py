@@ -1,9 +1,11 @@
 """Published safetensors become exactly our parameters, wherever they lie; bad files are refused."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -250,6 +252,71 @@ def test_every_byte_is_read_once_for_all_devices(kind: str, tmp_path: pathlib.Pa
     folder = write_shards(tmp_path / kind, tensors, 2)
     done = run_script(f"import sys; sys.argv = ['', {str(folder)!r}]\n{SHARDED_SCRIPT}")
     assert done.stdout.endswith("same\n"), done.stderr
+
+
+TWO_PROCESSES_SCRIPT = """
+import collections, dataclasses, sys
+import jax, numpy as np
+folder, port, index = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tests.models.published import EXPERTS, named_tensors, random_params
+from tw_jax.models.import_weights import load_params
+from tw_jax.models.qwen3 import abstract_params
+from tw_jax.models.safetensors_file import list_tensors
+from tw_jax.models.weight_location import LocalFolder, open_folder
+
+class Recording(LocalFolder):
+    taken = collections.Counter()
+
+    def read(self, file, start, stop):
+        self.taken.update(range(start, stop))
+        return super().read(file, start, stop)
+
+moe = dataclasses.replace(EXPERTS.moe, num_experts=4)
+config = dataclasses.replace(EXPERTS, vocab_size=64, moe=moe)
+mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
+whole, split = NamedSharding(mesh, P()), lambda *spec: NamedSharding(mesh, P(*spec))
+shardings = jax.tree.map(lambda leaf: whole, abstract_params(config))
+shardings["embed_tokens"]["embedding"] = split("x", None)
+attention = shardings["layers"]["self_attn"]
+attention["q_proj"]["kernel"] = split(None, None, "x")  # rows as published
+attention["k_proj"]["kernel"] = split("x")  # layers
+for part in ("gate_proj", "up_proj", "down_proj"):
+    shardings["layers"]["mlp"]["experts"][part]["kernel"] = split(None, "x")
+loaded = load_params(Recording(open_folder(folder).path), config, shardings)
+
+def check(array, expected):
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, expected[shard.index])
+
+jax.tree.map(check, loaded, random_params(config))
+for entry in list_tensors(open_folder(folder)).values():
+    counts = [Recording.taken[byte] for byte in range(entry.start, entry.stop)]
+    assert max(counts) <= 1, entry
+    share = sum(counts) / len(counts)
+    if ".experts." in entry.name or ".k_proj." in entry.name:
+        assert share in (0, 1), entry  # an expert, a layer of this process or not
+    else:
+        assert share == (0.5 if "embed" in entry.name or "q_proj" in entry.name else 1), entry
+print("same")
+"""
+
+
+def test_a_process_reads_only_what_its_devices_hold(tmp_path: pathlib.Path) -> None:
+    moe = dataclasses.replace(EXPERTS.moe, num_experts=4)
+    config = dataclasses.replace(EXPERTS, vocab_size=64, moe=moe)
+    folder = write_shards(tmp_path / "model", named_tensors(random_params(config)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    scripts = [
+        f"import sys; sys.argv = ['', {str(folder)!r}, {port!r}, '{i}']\n{TWO_PROCESSES_SCRIPT}"
+        for i in range(2)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in pool.map(run_script, scripts):
+            assert done.stdout.endswith("same\n"), done.stderr
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import transformers
 from tests.models.published import named_tensors, write_shards
 from tests.models.qwen3_reference import SMALL, seeded_params
 from tests.models.test_export_weights import our_logits
+from tests.models.test_import_weights import run_script
 from tests.small_tokenizer import bpe_tokenizer
 from tw_jax import cli
 from tw_jax.config import load_config
@@ -144,6 +145,41 @@ def test_a_run_starts_from_published_weights(
     assert (next_model.step, next_model.config.compute_dtype) == (0, "bfloat16")
     with pytest.raises(UserError, match="brings its own tokenizer"):
         new_model(ModelConfig(str(tmp_path / "run"), tokenizer="character"), seed=0)
+
+
+MESH_SCRIPT = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from tw_jax.models.qwen3 import param_axes, abstract_params
+from tw_jax.parallel.mesh import ParallelConfig, make_layout
+from tw_jax.train.run_dir import ModelConfig, new_model
+
+layout = make_layout(ParallelConfig("fsdp_tensor"))
+config = ModelConfig(sys.argv[1])
+spread, whole = new_model(config, 0, layout), new_model(config, 0)
+shardings = layout.param_shardings(param_axes(whole.config), abstract_params(whole.config))
+assert spread.config == whole.config
+assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, spread.params, shardings))
+assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(whole.params))
+jax.tree.map(np.testing.assert_array_equal, spread.params["layers"], whole.params["layers"])
+for name, kind in (("embed_tokens", "embedding"), ("lm_head", "kernel")):
+    ours, theirs = (np.asarray(m.params[name][kind]) for m in (spread, whole))
+    if name == "lm_head":
+        ours, theirs = ours.T, theirs.T
+    old = whole.schema.tag_ids[0]
+    np.testing.assert_array_equal(ours[:old], theirs[:old])
+    # Means over rows that lie on several devices are summed in another order.
+    np.testing.assert_allclose(ours[old:], theirs[old:], rtol=1e-6, atol=1e-8)
+print(spread.params["embed_tokens"]["embedding"].addressable_shards[0].data.size)
+"""
+
+
+def test_a_mesh_gets_published_weights_spread(published: pathlib.Path) -> None:
+    """300 published rows do not divide by eight devices; the 320 that they become do."""
+    done = run_script(f"import sys; sys.argv = ['', {str(published)!r}]\n{MESH_SCRIPT}")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 320 * SMALL.hidden_size / 8
 
 
 def test_settings_of_earlier_runs_are_understood(tmp_path: pathlib.Path) -> None:

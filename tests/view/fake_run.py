@@ -128,5 +128,5 @@ def fake_report() -> ReportData:
         points=points_from_summary(summary),
         speedups=[draw.gauss(1.37, 0.05) for _ in range(128)],
         samples=fake_samples(),
-        config_yaml="model:\n  preset: tiny\nsft:\n  steps: 1500\n  learning_rate: 0.003\n",
+        config_yaml="model:\n  source: tiny\nsft:\n  steps: 1500\n  learning_rate: 0.003\n",
     )

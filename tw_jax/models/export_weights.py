@@ -8,6 +8,7 @@ appears under its name only when it is complete.
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
@@ -73,7 +74,10 @@ def export_model(
     with _new_folder(pathlib.Path(out)) as folder:
         files = _write_weights(folder, params, config.param_dtype, max_shard_bytes)
         tokenizer.save_pretrained(str(folder))
-        _write_json(folder / "config.json", config_to_hf(config) | tokens)
+        _make_readable_by_transformers_4(folder / "tokenizer_config.json")
+        # Version 4 mistrusts the tokenizer of a config.json that does not say who wrote it.
+        writer = {"transformers_version": importlib.metadata.version("transformers")}
+        _write_json(folder / "config.json", config_to_hf(config) | tokens | writer)
         generation = {**tokens, **(generation_config or {})}
         _write_json(folder / "generation_config.json", generation)
     return files
@@ -99,8 +103,19 @@ def _new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _make_readable_by_transformers_4(path: pathlib.Path) -> None:
+    """Uses the names of transformers 4, which serving engines build on; version 5 reads both."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(tokens := fields.pop("extra_special_tokens", None), list):
+        fields["additional_special_tokens"] = tokens
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(path, fields)
+
+
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Only safetensors, JSON and tokenizer files are asked for: nothing that could hol
 
 import contextlib
 import dataclasses
-import importlib
 import pathlib
 import re
 import tempfile
@@ -103,8 +102,15 @@ class RemoteFolder:
         return self.filesystem.size(f"{self.root}/{file}")
 
     def read(self, file: str, start: int, stop: int) -> UInt8[np.ndarray, "bytes"]:
-        """One byte-range request."""
-        data = self.filesystem.cat_file(f"{self.root}/{file}", start=start, end=stop)
+        """One byte-range request.
+
+        Raises:
+          UserError: it failed or came back short.
+        """
+        try:
+            data = self.filesystem.cat_file(f"{self.root}/{file}", start=start, end=stop)
+        except OSError as error:
+            raise UserError(f"{self.name}/{file}: cannot be read ({error}); try again") from error
         if len(data) != stop - start:
             raise UserError(
                 f"{self.name}/{file}: asked for the bytes {start}..{stop} and got {len(data)}: "
@@ -156,10 +162,8 @@ def small_files(folder: WeightFolder) -> Iterator[pathlib.Path]:
 
 
 def _open_url(url: str) -> RemoteFolder:
-    try:
-        import fsspec  # comes with huggingface_hub
-    except ImportError as error:
-        raise UserError(f"{url}: URLs are read with fsspec: pip install fsspec") from error
+    import fsspec  # only URLs need it
+
     scheme = url.partition("://")[0]
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
@@ -180,12 +184,13 @@ def _open_url(url: str) -> RemoteFolder:
 
 
 def _download(hub_id: str) -> pathlib.Path:
-    hub = importlib.import_module("huggingface_hub")
+    import huggingface_hub  # takes a while; only hub ids need it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = [*SMALL_FILES, *WEIGHT_FILES]
     try:
-        return pathlib.Path(
-            hub.snapshot_download(hub_id, allow_patterns=[*SMALL_FILES, *WEIGHT_FILES])
-        )
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+        return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{hub_id}: no such folder here, and not to be had from the Hugging Face hub: {reason} "

@@ -227,12 +227,13 @@ def _first_difference(record: CheckpointRecord, wanted: Mapping[str, Any]) -> st
 
 
 def _setting_differences(saved: Any, expected: Any, prefix: str = "") -> list[str]:
-    """Expected values that are not the saved ones, as `model.hidden_size (checkpoint: ...)`."""
+    """Expected values that are not the saved ones, as `model.hidden_size (checkpoint: ...)`.
+
+    A setting that is null here may be absent there: it did not exist when the checkpoint was made.
+    """
     differences = []
     for name, here in expected.items():
-        if here is None and name not in saved:
-            continue  # the setting came later, and null means as before
-        there = saved.get(name, "absent")
+        there = saved.get(name, None if here is None else "absent")
         if isinstance(here, dict) and isinstance(there, dict):
             differences += _setting_differences(there, here, f"{prefix}{name}.")
         elif here != there and name not in _FREE_SETTINGS:

@@ -1,0 +1,131 @@
+"""Import and export of a published checkpoint against copying its file there and back.
+
+The checkpoint has the shapes of Qwen3-0.6B in bfloat16, 1.2 GB. Each repeat copies the file twice
+(as many bytes read and written as import and export together), then imports and exports it in a
+fresh process. Files are in the page cache; start-up, imports and generation are not timed.
+
+`memory_ratio` is the growth of the process's peak resident memory (the kernel's VmHWM, mapped
+files included) during import or export, less the parameters that stay, over the largest parameter.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tw_jax.models.config import Qwen3Config, preset
+from tw_jax.models.export_weights import export_model
+from tw_jax.models.import_weights import load_params
+from tw_jax.models.qwen3 import abstract_params
+from tw_jax.models.weight_names import pieces_of
+from tw_jax.tasks.character_tokenizer import load_tokenizer
+
+REPEATS = 3
+CONFIG = preset("qwen3-0.6b", param_dtype="bfloat16")
+FILE = "model.safetensors"
+
+
+def write_checkpoint(folder: pathlib.Path, config: Qwen3Config) -> pathlib.Path:
+    """Random bfloat16 weights, a few megabytes of them repeated; returns the file."""
+    header, end = {}, 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for piece in pieces_of(name, leaf.shape):
+            start, end = end, end + 2 * int(np.prod(piece.tensor_shape))
+            entry = {"dtype": "BF16", "shape": piece.tensor_shape, "data_offsets": (start, end)}
+            header[piece.tensor] = entry
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(0)
+    tile = rng.standard_normal(8 << 20, np.float32).astype(jnp.bfloat16).tobytes()
+    with (folder / FILE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for at in range(0, end, len(tile)):
+            file.write(tile[: end - at])
+    return folder / FILE
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def reset_peak() -> int:
+    """Forgets that; returns the resident memory now, which is the new one."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def measure(source: str, out: str, config: Qwen3Config = CONFIG) -> dict[str, float]:
+    """Imports and exports in this process: seconds and growth of memory in bytes."""
+    tokenizer = load_tokenizer()
+    jax.block_until_ready(jnp.zeros(1))
+    before = reset_peak()
+    start = time.perf_counter()
+    params = load_params(source, config)
+    import_s = time.perf_counter() - start
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    import_growth = peak_bytes() - before - held
+    before = reset_peak()
+    start = time.perf_counter()
+    export_model(out, params, config, tokenizer)
+    export_s = time.perf_counter() - start
+    return {
+        "import_s": import_s,
+        "export_s": export_s,
+        "memory_ratio": max(import_growth, peak_bytes() - before) / largest,
+    }
+
+
+def _copy_there_and_back(file: pathlib.Path, folder: pathlib.Path) -> float:
+    start = time.perf_counter()
+    shutil.copyfile(file, folder / "there")
+    shutil.copyfile(folder / "there", folder / "back")
+    seconds = time.perf_counter() - start
+    (folder / "there").unlink()
+    (folder / "back").unlink()
+    return seconds
+
+
+def run() -> dict[str, float]:
+    """Medians over repeats."""
+    copies, measured = [], []
+    with tempfile.TemporaryDirectory(prefix="tw_jax_") as name:
+        folder = pathlib.Path(name)
+        (folder / "source").mkdir()
+        file = write_checkpoint(folder / "source", CONFIG)
+        size = file.stat().st_size
+        words = [sys.executable, "-m", __name__, str(folder / "source"), str(folder / "out")]
+        for _ in range(REPEATS):
+            os.sync()  # what an earlier part wrote must not slow down this one
+            copies.append(_copy_there_and_back(file, folder))
+            os.sync()
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
+            shutil.rmtree(folder / "out")
+    copy_s = statistics.median(copies)
+    import_s = statistics.median(one["import_s"] for one in measured)
+    export_s = statistics.median(one["export_s"] for one in measured)
+    both_s = statistics.median(one["import_s"] + one["export_s"] for one in measured)
+    return {
+        "gigabytes": size / 1e9,
+        "copy_there_and_back_s": copy_s,
+        "import_s": import_s,
+        "export_s": export_s,
+        "time_ratio": both_s / copy_s,
+        "memory_ratio": max(one["memory_ratio"] for one in measured),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2])))
