@@ -95,7 +95,10 @@ def test_no_buffer_has_a_row_for_every_pair_of_group_and_row():
 
 
 def test_the_tpu_program_holds_the_compilers_own_operation():
-    """Traced here for the platform `tpu`: a ragged dot for the value and two for the gradients."""
+    """Traced here for the platform `tpu`: one ragged dot for the value, one for the rows' gradient.
+
+    The matrices' gradient must be the loop: a ragged dot would cost all groups times all rows.
+    """
     shapes = (
         jax.ShapeDtypeStruct((64, 128), jnp.bfloat16),
         jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16),
@@ -103,5 +106,5 @@ def test_the_tpu_program_holds_the_compilers_own_operation():
         jax.ShapeDtypeStruct((64, 256), jnp.float32),
     )
     text = value_and_gradients.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("ragged_dot") >= 3
-    assert "stablehlo.while" not in text
+    assert text.count('"chlo.ragged_dot"(') == 2
+    assert "stablehlo.while" in text

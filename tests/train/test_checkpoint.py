@@ -227,6 +227,8 @@ def test_a_setting_that_is_new_is_refused_and_a_free_one_may_change(tmp_path):
     model = {**META["model"], "compute_dtype": "bfloat16"}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.restore(make_state(), expected_meta={"model": model})
+        # A field that did not exist then says nothing new when it is null.
+        checkpointer.restore(make_state(), expected_meta={"model": {**model, "moe": None}})
         with pytest.raises(UserError, match=r"schema \(checkpoint: absent, this run: apr\)"):
             checkpointer.restore(make_state(), expected_meta={"schema": "apr"})
 

@@ -57,7 +57,7 @@ def shapes(program) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("config", "remat"), [(DENSE, "block"), pytest.param(MOE, "none", marks=pytest.mark.slow)]
+    ("config", "remat"), [(DENSE, "block"), pytest.param(MOE, "block", marks=pytest.mark.slow)]
 )
 def test_no_array_of_tokens_by_tokens_or_by_vocabulary(config, remat):
     program = compiled(remat, config=config)

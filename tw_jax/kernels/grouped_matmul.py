@@ -1,13 +1,13 @@
 """Grouped matrix product: each group of consecutive rows is multiplied by its own matrix.
 
-On TPU this is `jax.lax.ragged_dot`, which the compiler knows. Elsewhere that operation is lowered
-to a masked copy of the rows for every group, `[groups, rows, inner]`, and to as much arithmetic; so
-there a loop runs over tiles of rows instead. A tile never spans two groups. The loop's trip count
-depends on the group sizes, so automatic differentiation cannot reverse it: `jax.custom_vjp` runs
-the same loop for the gradients.
+On TPU this is `jax.lax.ragged_dot`, for which the compiler has a kernel. Elsewhere that operation
+is lowered to a masked copy of the rows for every group, `[groups, rows, inner]`, and to as much
+arithmetic; so there a loop runs over tiles of rows instead. A tile never spans two groups. The
+gradient of the matrices runs that loop on TPU too, whose compiler lowers it to all groups times all
+rows. The loop's trip count depends on the group sizes, so automatic differentiation cannot reverse
+it: hence `jax.custom_vjp`.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -51,15 +51,15 @@ def _forward_rule(x, kernels, group_sizes):
 def _backward_rule(saved, d_out):
     x, kernels, group_sizes = saved
     d_out = _within(d_out, group_sizes).astype(x.dtype)
-    d_x, d_kernels = jax.lax.platform_dependent(
-        x,
+    d_x = jax.lax.platform_dependent(
+        d_out,
         kernels.astype(x.dtype),
         group_sizes,
-        d_out,
-        tpu=_ragged_gradients,
-        default=_tiled_gradients,
+        tpu=_ragged_transposed,
+        default=_tiled_transposed,
     )
-    return _within(d_x, group_sizes).astype(x.dtype), d_kernels.astype(kernels.dtype), None
+    d_kernels = _tiled_outer(x, d_out, group_sizes).astype(kernels.dtype)
+    return _within(d_x, group_sizes).astype(x.dtype), d_kernels, None
 
 
 grouped_matmul.defvjp(_forward_rule, _backward_rule)
@@ -72,11 +72,8 @@ def _ragged(x, kernels, group_sizes):
     return jax.lax.ragged_dot(x, kernels, group_sizes, preferred_element_type=jnp.float32)
 
 
-def _ragged_gradients(x, kernels, group_sizes, d_out):
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=group_sizes)
-    _, transpose = jax.vjp(product, x, kernels)
-    d_x, d_kernels = transpose(d_out)
-    return d_x.astype(jnp.float32), d_kernels.astype(jnp.float32)
+def _ragged_transposed(d_out, kernels, group_sizes):
+    return _ragged(d_out, kernels.swapaxes(1, 2), group_sizes)
 
 
 # --- elsewhere -----------------------------------------------------------------------------------
@@ -136,36 +133,42 @@ def _multiply(a: Array, b: Array, contract: tuple[int, int]) -> Float32[Array, "
 
 
 def _tiled(x, kernels, group_sizes):
+    return _tiled_product(x, kernels, group_sizes, inner=0)
+
+
+def _tiled_transposed(d_out, kernels, group_sizes):
+    return _tiled_product(d_out, kernels, group_sizes, inner=1)
+
+
+def _tiled_product(x, kernels, group_sizes, inner: int) -> Float32[Array, "rows out"]:
+    """Rows times matrices, of which axis `inner` is summed over."""
     rows, size = x.shape[0], _tile_rows(x.shape[0], kernels.shape[0])
     tiles = _tiles(group_sizes, rows, size)
 
     def visit(index, out):
         first, own = _place(tiles, index, rows, size)
-        product = _multiply(_slice(x, first, size), _at(kernels, _at(tiles.group, index)), (1, 0))
+        kernel = _at(kernels, _at(tiles.group, index))
+        product = _multiply(_slice(x, first, size), kernel, (1, inner))
         block = jnp.where(own, product, _slice(out, first, size))
         return jax.lax.dynamic_update_slice_in_dim(out, block, first, 0)
 
-    out = jnp.zeros((rows, kernels.shape[2]), jnp.float32)
+    out = jnp.zeros((rows, kernels.shape[2 - inner]), jnp.float32)
     return jax.lax.fori_loop(0, tiles.count, visit, out)
 
 
-def _tiled_gradients(x, kernels, group_sizes, d_out):
-    rows, size = x.shape[0], _tile_rows(x.shape[0], kernels.shape[0])
+def _tiled_outer(x, d_out, group_sizes) -> Float32[Array, "groups inner out"]:
+    """Sum over each group's rows of their outer products."""
+    rows, groups = x.shape[0], group_sizes.shape[0]
+    size = _tile_rows(rows, groups)
     tiles = _tiles(group_sizes, rows, size)
 
-    def visit(index, grads):
-        d_x, d_kernels = grads
+    def visit(index, sums):
         first, own = _place(tiles, index, rows, size)
         group = _at(tiles.group, index)
+        x_block = jnp.where(own, _slice(x, first, size), 0)
         d_block = jnp.where(own, _slice(d_out, first, size), 0)
-        product = _multiply(d_block, _at(kernels, group), (1, 1))
-        d_x_block = jnp.where(own, product, _slice(d_x, first, size))
-        block = jnp.where(own, _slice(x, first, size), 0)
-        d_kernel = _at(d_kernels, group) + _multiply(block, d_block, (0, 0))
-        return (
-            jax.lax.dynamic_update_slice_in_dim(d_x, d_x_block, first, 0),
-            jax.lax.dynamic_update_index_in_dim(d_kernels, d_kernel, group, 0),
-        )
+        total = _at(sums, group) + _multiply(x_block, d_block, (0, 0))
+        return jax.lax.dynamic_update_index_in_dim(sums, total, group, 0)
 
-    grads = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(kernels.shape, jnp.float32))
-    return jax.lax.fori_loop(0, tiles.count, visit, grads)
+    sums = jnp.zeros((groups, x.shape[1], d_out.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, tiles.count, visit, sums)
