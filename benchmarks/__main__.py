@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-BENCHMARKS = ("trie", "train", "checkpoint-io")
+BENCHMARKS = ("trie", "train", "parity", "checkpoint-io")
 
 
 def main() -> None:

@@ -289,9 +289,7 @@ class Model:
       width: of something.
     """
 
-    source: str = dataclasses.field(
-        default="tiny", metadata={config_fields.SHORTHAND: True, config_fields.FORMERLY: ["preset"]}
-    )
+    source: str = dataclasses.field(default="tiny", metadata={config_fields.SHORTHAND: True})
     width: int = 1
 
 
@@ -323,8 +321,6 @@ def load_model(tmp_path, text: str, *overrides: str) -> WithModel:
         ("model: a", ["model.width=3"], Model("a", 3)),
         ("model: a", ["model={width: 3}"], Model("a", 3)),
         ("model: a", ["model=7"], Model("7")),
-        ("model: {preset: old}", [], Model("old")),
-        ("", ["model.preset=old"], Model("old")),
         ("model:\n", [], Model()),
     ],
 )
@@ -332,7 +328,6 @@ def test_a_plain_value_means_the_shorthand_field(tmp_path, text, overrides, expe
     config = load_model(tmp_path, text, *overrides)
     assert config == WithModel(expected)
     assert load_model(tmp_path, to_yaml(config)) == config
-    assert "preset" not in to_yaml(config)
 
 
 def test_null_turns_a_section_off_that_has_a_shorthand(tmp_path):

@@ -79,6 +79,12 @@ VERBS = {
         "build the report of a run",
         folder_key="run_dir",
     ),
+    "plan": Verb(
+        "tw_jax.planning.plan",
+        "PlanConfig",
+        "run_plan",
+        "memory, work, traffic and a bracket of the step time, before anything runs",
+    ),
     "import": Verb(
         "tw_jax.train.import_export",
         "ImportConfig",

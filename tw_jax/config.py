@@ -177,7 +177,7 @@ def _read_override(cls: type, word: str) -> Mapping[str, Any]:
     section, hint, field = cls, None, None
     for name in names:
         fields = fields_of(section) if section else {}
-        field = fields.get(config_fields.renamed(fields, name))
+        field = fields.get(name)
         section, hint = (field.section, field.hint) if field else (None, None)
     if field and field.shorthand and not text.startswith("{") and not _is_null(text, field):
         names.append(field.shorthand.name)  # `model=tiny` is `model.source=tiny`
@@ -219,10 +219,9 @@ def _insert(
 ) -> None:
     """Checks raw values against the fields of `cls` and puts them into `tree`, nested ones too."""
     fields = fields_of(cls)
-    for written, value in raw.items():
-        name = config_fields.renamed(fields, written)
+    for name, value in raw.items():
         key = f"{prefix}{name}"
-        place = f"{origin}:{raw.lines[written]}" if isinstance(raw, _Lines) else origin
+        place = f"{origin}:{raw.lines[name]}" if isinstance(raw, _Lines) else origin
         if name not in fields:
             here = [f"{prefix}{known}" for known in fields]
             raise ConfigError(f"{place}: unknown key '{key}'; {_nearest(key, here, root)}")
@@ -230,7 +229,7 @@ def _insert(
         if field.section and value is None and not field.admits_null:
             value = {}  # a heading whose entries are all commented out
         if field.shorthand and value is not None and not isinstance(value, Mapping):
-            line = raw.lines[written] if isinstance(raw, _Lines) else None
+            line = raw.lines[name] if isinstance(raw, _Lines) else None
             value = _shorthand(field.shorthand.name, value, line)
         if field.section and isinstance(value, Mapping):
             if not isinstance(tree.get(name), dict):

@@ -11,9 +11,8 @@ from typing import Any, Literal, Union
 
 REQUIRED = dataclasses.MISSING
 
-# Keys of a dataclass field's `metadata`:
+# Key of a dataclass field's `metadata`.
 SHORTHAND = "shorthand"  # True: a plain value in place of the section means this field of it
-FORMERLY = "formerly"  # names that the field had in earlier versions, still understood
 
 
 class Mismatch(Exception):
@@ -72,14 +71,6 @@ def fields_of(cls: type) -> dict[str, Field]:
             name, hint = declared.name, hints[declared.name]
             found[name] = Field(name, hint, _section(hint), explained.get(name, ""), declared)
     return found
-
-
-def renamed(fields: dict[str, Field], name: str) -> str:
-    """The present name of a field that may be called by an earlier one."""
-    for field in fields.values():
-        if name in field.declared.metadata.get(FORMERLY, ()):
-            return field.name
-    return name
 
 
 def _section(hint: Any) -> type | None:

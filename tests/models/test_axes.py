@@ -32,6 +32,7 @@ def sizes(config):
         "embed": config.hidden_size,
         "heads": config.num_attention_heads * config.head_dim,
         "kv_heads": config.num_key_value_heads * config.head_dim,
+        "head_dim": config.head_dim,
         "mlp": config.moe.moe_intermediate_size if config.moe else config.intermediate_size,
         "vocab": config.vocab_size,
         **({"experts": config.moe.num_experts} if config.moe else {}),
@@ -43,15 +44,16 @@ def test_every_parameter_names_its_axes(config):
     axes, shapes = param_axes(config), abstract_params(config)
     size, seen = sizes(config), set()
 
-    def check(names, shape):
-        if names[-1] == "norm":
-            *names, _ = names
-            assert shape.shape[-1] in (config.hidden_size, config.head_dim)
-        assert tuple(size[name] for name in names) == shape.shape[: len(names)]
+    def check(path, names, shape):
+        # A norm is as wide as what it norms.
+        norm = size["head_dim" if "self_attn" in jax.tree_util.keystr(path) else "embed"]
+        assert tuple(norm if name == "norm" else size[name] for name in names) == shape.shape
         seen.update(names)
 
-    jax.tree.map(check, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    assert seen == set(size)
+    jax.tree_util.tree_map_with_path(
+        check, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
+    assert seen == set(size) - {"head_dim"} | {"norm"}
 
 
 def test_abstract_params_are_those_that_init_makes():
@@ -104,4 +106,5 @@ def test_activations_are_offered_for_placement(config, unroll):
         *([] if config.moe else [(("batch", "length", "mlp"), (2, 7, 80))]),
         stream,
     ]
-    assert offered == [stream] + layer * (3 if unroll else 1)
+    table = (("vocab", None), (config.vocab_size, 48))
+    assert offered == [table, stream] + layer * (3 if unroll else 1)

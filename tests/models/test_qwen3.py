@@ -45,7 +45,7 @@ def test_logits_match_the_golden_file(name):
     params = seeded_params(config)
     assert weight_sum(params) == pytest.approx(float(golden[f"{name}/weight_sum"]), rel=1e-9)
     logits = jax.jit(lambda p, t: forward(config, p, t))(params, golden[f"{name}/tokens"])
-    assert np.abs(logits - golden[f"{name}/logits"]).max() <= 1e-4
+    assert np.abs(logits - golden[f"{name}/logits"]).max() <= 2e-5
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,7 +54,7 @@ def test_logits_match_torch(name):
     config = CASES[name]
     params, tokens = seeded_params(config, seed=1), case_tokens(config)
     logits = jax.jit(lambda p, t: forward(config, p, t))(params, tokens)
-    assert np.abs(logits - torch_logits(config, params, tokens)).max() <= 1e-4
+    assert np.abs(logits - torch_logits(config, params, tokens)).max() <= 2e-5
 
 
 def test_scan_unroll_and_separate_layers_agree():
@@ -75,28 +75,6 @@ def test_scan_unroll_and_separate_layers_agree():
     scanned, *others = every_way(params)
     for other in others:
         np.testing.assert_allclose(other, scanned, rtol=1e-5, atol=1e-5)
-
-
-def test_remat_changes_no_gradient():
-    params, tokens = seeded_params(SMALL), case_tokens(SMALL, row_len=8)
-
-    @jax.jit
-    def gradients(params):
-        def loss(params, **options):
-            return jnp.mean(forward(SMALL, params, tokens, **options) ** 2)
-
-        options = [{}] + [
-            {"remat": remat, "unroll": unroll}
-            for remat in ("dots", "block", "full", "offload")
-            for unroll in (False, True)
-        ]
-        return [jax.grad(lambda p, o=o: loss(p, **o))(params) for o in options]
-
-    expected, *others = gradients(params)
-    for actual in others:
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
-        )
 
 
 def test_the_carry_passes_through_every_layer():

@@ -21,7 +21,7 @@ def weight_sum(params) -> float:
 def main():
     arrays = {}
     for name, config in CASES.items():
-        params, tokens = seeded_params(config), case_tokens(config)
+        params, tokens = seeded_params(config), case_tokens(config, rows=1)
         arrays[f"{name}/config"] = np.array(json.dumps(dataclasses.asdict(config)))
         arrays[f"{name}/weight_sum"] = np.array(weight_sum(params))
         arrays[f"{name}/tokens"] = tokens

@@ -1,17 +1,20 @@
 """Run on eight virtual CPU devices: one SFT update per sharding preset against one device.
 
-    python -m tests.parallel.spread_worker        # one JSON object per line
+    python -m tests.parallel.spread_worker [PRESET ...]     # one JSON object per line
+    python -m tests.parallel.spread_worker --golden         # writes golden_collectives.json anew
 
 A process of its own, since the number of devices is fixed when JAX starts.
 """
 
-import dataclasses
 import json
 import os
+import pathlib
 import sys
+from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from tests.forests import forest_row
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models import Qwen3Config, graphdef, init_params, preset
 from tw_jax.models.config import MixtureOfExperts
+from tw_jax.models.param_shardings import param_shardings
 from tw_jax.models.qwen3 import param_axes
 from tw_jax.parallel import Layout, ParallelConfig, make_layout
 from tw_jax.planning.collectives import collectives
@@ -96,44 +100,44 @@ def random_batch(vocab_size: int, *, hidden: bool) -> PackedBatch:
     )
 
 
-def compare(name: str) -> dict:
-    """Loss and gradients on the mesh of a preset beside those of one device."""
+def update_once(config: Qwen3Config, layout: Layout | None, *, hidden: bool) -> dict[str, Any]:
+    """One update; the optimizer's state is the gradient itself."""
+    optimizer = optax.chain(optax.trace(0.0), optax.sgd(0.1))
+    params = init_params(config, 0, param_shardings(layout, config))
+    placement = place_run(layout, params, param_axes(config), optimizer)
+    sum_loss = nll_sum(graphdef(config), MemoryConfig(remat="full", head_chunk=256), layout)
+    update = make_update(sum_loss, optimizer, placement.state)
+    state = placed_state(params, optimizer, placement)
+    shares = [x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(params)]
+    batch = placement.batch(random_batch(config.vocab_size, hidden=hidden))
+    compiled = update.whole.lower(state, batch).compile()
+    after, metrics = compiled(state, batch)
+    return {
+        "gradient": jax.tree.map(np.asarray, after.opt_state[0].trace),
+        "params": jax.tree.map(np.asarray, after.params),
+        "loss": float(metrics["loss"] / metrics["weight"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "shares": shares,
+        "program": compiled.as_text(),
+    }
+
+
+def compare(name: str) -> dict[str, Any]:
+    """One update on the mesh of a preset beside the same on one device."""
     config, parallel = PRESETS[name]
-    optimizer = optax.sgd(1.0)  # the step is the gradient
-    batch = random_batch(config.vocab_size, hidden="context" in name)
-    memory = dataclasses.replace(MemoryConfig(), head_chunk=256)
-    found = {}
-    for layout in (None, make_layout(parallel)):
-        params = init_params(config, 0)
-        placement = place_run(layout, params, param_axes(config), optimizer)
-        update = make_update(nll_sum(graphdef(config), memory, layout), optimizer, placement.state)
-        state = placed_state(placement.copy_params(params), optimizer, placement)
-        placed = placement.batch(batch)
-        gradients, sums = update.first(state.params, placed)
-        if layout is not None:
-            text = update.whole.lower(state, placed).compile().as_text()
-            found["collectives"] = count_by_kind(text, layout)
-            found["mesh"] = layout.describe()
-            shards = [
-                leaf.addressable_shards[0].data.size / leaf.size
-                for leaf in jax.tree.leaves(state.params)
-            ]
-            found["smallest_share"], found["largest_share"] = min(shards), max(shards)
-        after, metrics = update(state, [placed])
-        found[layout is not None] = (
-            jax.tree.map(np.asarray, gradients),
-            float(sums["loss"] / sums["weight"]),
-            jax.tree.map(np.asarray, after.params),
-            float(metrics["grad_norm"]),
-        )
-    one, many = found.pop(False), found.pop(True)
+    layout = make_layout(parallel)
+    assert layout is not None
+    hidden = "context" in name
+    one, many = (update_once(config, place, hidden=hidden) for place in (None, layout))
     return {
         "preset": name,
-        **found,
-        "loss": [one[1], many[1]],
-        "gradient_rel_diff": _relative(one[0], many[0]),
-        "params_rel_diff": _relative(one[2], many[2]),
-        "grad_norm": [one[3], many[3]],
+        "mesh": layout.describe(),
+        "loss": [one["loss"], many["loss"]],
+        "grad_norm": [one["grad_norm"], many["grad_norm"]],
+        "gradient_rel_diff": _relative(one["gradient"], many["gradient"]),
+        "params_rel_diff": _relative(one["params"], many["params"]),
+        "smallest_share": min(many["shares"]),
+        "collectives": count_by_kind(many["program"], layout),
     }
 
 
@@ -157,5 +161,12 @@ def _relative(one, many) -> float:
 
 
 if __name__ == "__main__":
-    for preset_name in sys.argv[1:] or PRESETS:
-        print(json.dumps(compare(preset_name)), flush=True)
+    names = [word for word in sys.argv[1:] if word != "--golden"] or list(PRESETS)
+    golden = {}
+    for preset_name in names:
+        entry = compare(preset_name)
+        golden[preset_name] = entry["collectives"]
+        print(json.dumps(entry), flush=True)
+    if "--golden" in sys.argv:
+        path = pathlib.Path(__file__).parent / "golden_collectives.json"
+        path.write_text(json.dumps(golden, indent=1) + "\n")

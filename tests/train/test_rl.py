@@ -8,6 +8,7 @@ import pytest
 
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
+from tw_jax.models.config import PRESETS
 from tw_jax.rewards.reward import RewardConfig
 from tw_jax.rollout.engine import EngineConfig
 from tw_jax.rollout.request import SamplingParams
@@ -153,5 +154,5 @@ def test_unusable_configurations(start, tmp_path):
 
 
 def test_the_start_is_not_changed_by_training(start, uninterrupted):
-    fresh = qwen3.init_params(ModelConfig().qwen3(), 0)
+    fresh = qwen3.init_params(PRESETS[ModelConfig().source], 0)
     jax.tree.map(np.testing.assert_array_equal, load_run(start).params, fresh)

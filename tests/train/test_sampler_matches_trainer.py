@@ -19,10 +19,10 @@ OUTLINES = (
 BOUND = 1e-4
 
 
-@pytest.fixture(scope="module")
-def rollouts(tokenizer, schema):
-    """Random text in three threads and behind their join, from the tiny preset."""
-    config = PRESETS["tiny"]
+@pytest.fixture(scope="module", params=["tiny", "tiny-moe"])
+def rollouts(request, tokenizer, schema):
+    """Random text in three threads and behind their join, from a tiny preset."""
+    config = PRESETS[request.param]
     graphdef, params = qwen3.graphdef(config), qwen3.init_params(config, 3)
     engine = RolloutEngine(
         graphdef,

@@ -160,7 +160,8 @@ def _tiled_gradients(x, kernels, group_sizes, d_out):
         d_block = jnp.where(own, _slice(d_out, first, size), 0)
         product = _multiply(d_block, _at(kernels, group), (1, 1))
         d_x_block = jnp.where(own, product, _slice(d_x, first, size))
-        d_kernel = _at(d_kernels, group) + _multiply(_slice(x, first, size), d_block, (0, 0))
+        block = jnp.where(own, _slice(x, first, size), 0)
+        d_kernel = _at(d_kernels, group) + _multiply(block, d_block, (0, 0))
         return (
             jax.lax.dynamic_update_slice_in_dim(d_x, d_x_block, first, 0),
             jax.lax.dynamic_update_index_in_dim(d_kernels, d_kernel, group, 0),

@@ -25,7 +25,8 @@ def experts_on(layout: Layout) -> RunExperts:
     expert_axes = tuple(a for a in layout.rules.experts if a in used)
     sum_axes = tuple(a for a in layout.rules.mlp if a in used)
 
-    def local(x: Array, routing: Routing, kernels: ExpertKernels) -> Array:
+    def local(x: Array, routing: Routing, gate: Array, up: Array, down: Array) -> Array:
+        kernels = ExpertKernels(gate, up, down)
         first = 0
         for axis in reversed(expert_axes):
             x = jax.lax.all_gather(x, axis, tiled=True)
@@ -37,11 +38,12 @@ def experts_on(layout: Layout) -> RunExperts:
             out = jax.lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
         return jax.lax.psum(out, sum_axes) if sum_axes else out
 
-    return jax.shard_map(
+    spread = jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(tokens, Routing(tokens, tokens, tokens), ExpertKernels(widen, widen, narrow)),
+        in_specs=(tokens, tokens, widen, widen, narrow),
         out_specs=tokens,
         # What `tensor` and `context` replicate here, they replicate outside as well.
         check_vma=False,
     )
+    return lambda x, routing, kernels: spread(x, routing, *kernels)

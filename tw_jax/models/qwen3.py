@@ -206,7 +206,12 @@ class Qwen3(nnx.Module):
         if not isinstance(positions, jax.core.Tracer):
             check_positions(self.config, np.asarray(positions))
         with jax.named_scope("embed"):
-            x = self.embed_tokens.embedding[...][tokens].astype(self.config.compute_dtype)
+            table = self.embed_tokens.embedding[...]
+            if constrain is not None:
+                # Gathered whole, once: rows spread over devices as slices of their width could
+                # only become rows of the batch by replicating them.
+                table = constrain(table.astype(self.config.compute_dtype), ("vocab", None))
+            x = table[tokens].astype(self.config.compute_dtype)
             x = hooks.constrain(x, _RESIDUAL)
         rotation = rotary_angles(positions, self.config)
         block_def, stacked_state = nnx.split(self.layers)
@@ -275,14 +280,24 @@ def graphdef(config: Qwen3Config) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0))))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _init(config: Qwen3Config, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Qwen3(config, nnx.Rngs(params=key))))
 
 
-def init_params(config: Qwen3Config, seed: int) -> Params:
-    """Fresh parameters: matrices from `normal(initializer_range)`, norm scales one."""
-    return _init(config, jax.random.key(seed))
+_init_here = jax.jit(_init, static_argnums=0)
+
+
+def init_params(config: Qwen3Config, seed: int, shardings: Params | None = None) -> Params:
+    """Fresh parameters: matrices from `normal(initializer_range)`, norm scales one.
+
+    Args:
+      config: the architecture.
+      seed: the same seed gives the same values wherever they lie.
+      shardings: tree of shardings, each parameter made where it belongs; None for one device.
+    """
+    if shardings is None:
+        return _init_here(config, jax.random.key(seed))
+    return jax.jit(_init, static_argnums=0, out_shardings=shardings)(config, jax.random.key(seed))
 
 
 def abstract_params(config: Qwen3Config) -> Params:

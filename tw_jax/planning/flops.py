@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.interpreters import partial_eval
 
 from tw_jax.planning.hlo_cost import valid_positions
 
@@ -86,7 +87,9 @@ def _walk(
     jaxpr: Jaxpr, prefix: str, times: float, scopes: Mapping[str, float]
 ) -> Iterator[tuple[str, float, bool]]:
     """(name stack, operations, whether in a Pallas kernel) of every product."""
-    for eqn in jaxpr.eqns:
+    # Tracing keeps what nobody reads; every compiler drops it, inside branches and loops too.
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    for eqn in live.eqns:
         path = f"{prefix}/{eqn.source_info.name_stack}"
         name = eqn.primitive.name
         own = _own_flops(eqn)

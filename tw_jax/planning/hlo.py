@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
-_ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+\w*)\[([\d,<= ]*)\]")
+_ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _ASSIGNMENT = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
@@ -25,10 +26,12 @@ class ArrayType:
     Attributes:
       dtype: XLA's name, such as `bf16`.
       dims: sizes.
+      space: memory that holds it: 0 is the device's main memory, 1 a TPU's on-chip memory.
     """
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = 0
 
     @property
     def bytes(self) -> int:
@@ -167,10 +170,11 @@ def _instruction(name: str, text: str, number: int) -> Instruction:
 
 def array_types(text: str) -> Iterator[ArrayType]:
     """The arrays named in a type, `(bf16[2,3]{1,0}, u32[])`."""
-    for dtype, dims in _ARRAY.findall(text):
+    for dtype, dims, layout in _ARRAY.findall(text):
+        space = _SPACE.search(layout)
         # A bounded dynamic size is written `<=8`; its bound is what memory is taken for.
         sizes = tuple(int(size.strip("<= ")) for size in dims.split(",") if size.strip())
-        yield ArrayType(dtype, sizes)
+        yield ArrayType(dtype, sizes, int(space.group(1)) if space else 0)
 
 
 def _closing(text: str, start: int) -> int:

@@ -19,8 +19,11 @@ def libtpu_version(environment: Mapping[str, str]) -> str:
     """
     path = environment.get(_LIBRARY)
     if path and pathlib.Path(path).is_file():
+        for found in importlib.metadata.distributions(path=[str(pathlib.Path(path).parents[1])]):
+            if found.name == "libtpu":
+                return found.version
         stat = pathlib.Path(path).stat()
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
+        return f"of {stat.st_size} bytes and time {stat.st_mtime_ns}"
     if importlib.util.find_spec("libtpu") is not None:
         return importlib.metadata.version("libtpu")
     raise UserError(

@@ -112,9 +112,9 @@ class RolloutEngine:
         self.config, self.schema = config, schema
         self._model_config = _model_config(graphdef)
         _check_fit(self._model_config, schema, config)
-        self._program = _program(self._model_config, schema, config)
+        self.program = _program(self._model_config, schema, config)
         self.state: EngineState | None = None
-        program = self._program
+        program = self.program
 
         def run(params: Params, state: EngineState, max_steps, max_finished):
             model = nnx.merge(graphdef, params)
@@ -168,7 +168,7 @@ class _Run:
     ) -> None:
         self.engine, self.state = engine, state
         self.requests, self.on_finish = requests, on_finish
-        self.config, self.program = engine.config, engine._program
+        self.config, self.program = engine.config, engine.program
         self.queue = collections.deque(range(len(requests)))
         self.running: dict[int, int] = {}  # request slot -> index of the request
         self.results: dict[int, Rollout] = {}

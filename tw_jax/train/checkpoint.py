@@ -14,9 +14,10 @@ In a run of several processes all of them call every function here together.
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -253,8 +254,7 @@ class Checkpointer:
 def restore_params(
     directory: str | os.PathLike[str],
     step: int | None = None,
-    *,
-    abstract_params: Any = None,
+    shardings: Callable[[Mapping[str, Any]], Any] = lambda meta: None,
 ) -> RestoredParams:
     """Reads only the parameters of a checkpoint: for evaluation, generation, a new run.
 
@@ -263,20 +263,23 @@ def restore_params(
     Args:
       directory: the checkpoint directory of a run.
       step: which checkpoint; None for the newest that is sound (damaged ones are logged).
-      abstract_params: shapes, dtypes and shardings to read into; None for the saved ones, whole on
-        this process's first device.
+      shardings: from the checkpoint's meta to a tree of shardings like the parameters, or to None
+        for whole parameters on this process's first device.
 
     Returns:
       The parameters, the meta and the step.
 
     Raises:
-      UserError: there is no sound checkpoint, or its parameters have other shapes.
+      UserError: there is no sound checkpoint.
     """
 
     def abstract(record: CheckpointRecord) -> dict[str, Any]:
-        if abstract_params is None:
-            return {PARAMS: storage.abstract_params(record)}
-        return {PARAMS: abstract_params}
+        params, placed = storage.abstract_params(record), shardings(record.meta)
+        if placed is not None:
+            params = jax.tree.map(
+                lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, placed
+            )
+        return {PARAMS: params}
 
     loaded, _ = storage.load_sound_step(storage.absolute(directory), step, abstract, {})
     return RestoredParams(loaded.trees[PARAMS], loaded.record.meta, loaded.record.step)

@@ -13,6 +13,7 @@ from tw_jax.models.config import Qwen3Config
 from tw_jax.models.enlarge_vocabulary import enlarge_vocabulary
 from tw_jax.models.hf_config import config_from_hf
 from tw_jax.models.import_weights import load_params
+from tw_jax.models.param_shardings import param_shardings
 from tw_jax.models.safetensors_file import read_json
 from tw_jax.models.weight_location import WeightFolder, open_folder, small_files
 from tw_jax.parallel.layout import Layout
@@ -86,9 +87,9 @@ def load_published(
     bound_schema = make_schema(schema, full_tokenizer)
     rows = max(config.vocab_size, ids_needed(full_tokenizer))
     rows += -rows % vocab_multiple
-    shardings = _shardings(layout, dataclasses.replace(config, vocab_size=rows))
+    shardings = param_shardings(layout, dataclasses.replace(config, vocab_size=rows))
     first = shardings
-    if layout is not None and rows > config.vocab_size:
+    if layout is not None and shardings is not None and rows > config.vocab_size:
         # The published rows need not divide over the mesh; the enlarged ones will.
         whole = jax.tree.map(lambda _: layout.replicated(), shardings)
         first = {**shardings, **{name: whole[name] for name in _TABLES if name in whole}}
@@ -99,12 +100,6 @@ def load_published(
     if _GENERATION_CONFIG in folder.files():
         generation = read_json(folder, _GENERATION_CONFIG)
     return PublishedModel(params, config, full_tokenizer, bound_schema, generation)
-
-
-def _shardings(layout: Layout | None, config: Qwen3Config) -> Any:
-    if layout is None:
-        return None
-    return layout.param_shardings(qwen3.param_axes(config), qwen3.abstract_params(config))
 
 
 def tokenizer_in(folder: str | pathlib.Path, name: str = "") -> Any:

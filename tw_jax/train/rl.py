@@ -38,6 +38,7 @@ from tw_jax.train.objective import ObjectiveConfig, group_advantages
 from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tw_jax.train.placement import place_run, placed_state
 from tw_jax.train.progress import training_progress
+from tw_jax.train.rl_metrics import merge_sums, reward_term_means, step_metrics
 from tw_jax.train.run_dir import (
     LoadedModel,
     checkpoint_meta,
@@ -204,16 +205,16 @@ def run_rl(config: RLConfig) -> RLResult:
                 ]
                 for batches in updates:
                     state, update_sums = update(state, batches)
-                    sums = _merge(sums, update_sums)
+                    sums = merge_sums(sums, update_sums)
                 largest = max(largest, sums["max_logprob_abs_diff"])
                 step += 1
-                metrics = _metrics(rollouts, facts, rewards, sums)
+                metrics = step_metrics(rollouts, facts, rewards, sums)
                 metrics |= {
                     "rollout_s": rollout_s,
                     "update_s": time.monotonic() - clock - rollout_s,
                     "skipped_updates": int(state.skipped_updates),
                 }
-                metrics |= _reward_term_means(config, facts, step - 1)
+                metrics |= reward_term_means(config.reward, facts, step - 1)
                 tracker.log(step, metrics)
                 shown = {k: metrics[k] for k in ("reward", "accuracy", "activation_ratio")}
                 progress.update(step, tokens=int(sums["tokens"]), metrics=shown)
@@ -357,55 +358,3 @@ def _scorer(
         return batch
 
     return score
-
-
-def _merge(sums: dict[str, float], more: dict[str, Any]) -> dict[str, float]:
-    """Adds up the sums of a step's updates; maxima by maximum."""
-    values = {name: float(value) for name, value in more.items()}
-    if not sums:
-        return values
-    return {
-        name: max(sums[name], value) if name.startswith("max_") else sums[name] + value
-        for name, value in values.items()
-    }
-
-
-def _metrics(
-    rollouts: Sequence[Rollout],
-    facts: Sequence[RolloutFacts],
-    rewards: np.ndarray,
-    sums: dict[str, float],
-) -> dict[str, float]:
-    """What one step logs: rollouts, rewards and the update."""
-
-    def mean(values: Any) -> float:
-        return float(np.mean(list(values)))
-
-    tokens = max(sums["tokens"], 1.0)
-    return {
-        "reward": float(rewards.mean()),
-        "reward_std_in_group": float(rewards.std(axis=1).mean()),
-        "accuracy": mean(f.correct for f in facts),
-        "format_valid_rate": mean(f.format_valid for f in facts),
-        "activation_ratio": mean(bool(r.trajectory.blocks) for r in rollouts),
-        "critical_path": mean(r.critical_path for r in rollouts),
-        "total_tokens": mean(r.total_tokens for r in rollouts),
-        "acceleration_ratio": mean(1 - r.critical_path / max(r.total_tokens, 1) for r in rollouts),
-        "finished_by_eos": mean(r.finish_reason == "eos" for r in rollouts),
-        "loss": sums["loss"] / max(sums["weight"], 1e-20),
-        "nll": sums["nll"] / tokens,
-        "grad_norm": sums["grad_norm"],
-        "logprob_abs_diff_mean": sums["logprob_abs_diff"] / tokens,
-        "logprob_abs_diff_max": sums["max_logprob_abs_diff"],
-    }
-
-
-def _reward_term_means(
-    config: RLConfig, facts: Sequence[RolloutFacts], step: int
-) -> dict[str, float]:
-    """Mean of every reward term over all rollouts."""
-    totals: dict[str, float] = {}
-    for fact in facts:
-        for name, value in reward_terms(config.reward, fact, step).items():
-            totals[name] = totals.get(name, 0.0) + value
-    return {f"reward/{name}": value / len(facts) for name, value in totals.items()}

@@ -26,7 +26,9 @@ from tw_jax.config_checks import require_at_least
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS, Qwen3Config
+from tw_jax.models.param_shardings import param_shardings
 from tw_jax.parallel.layout import Layout
+from tw_jax.parallel.processes import is_first_process
 from tw_jax.tasks.character_tokenizer import TOKENIZER_DIR
 from tw_jax.train.checkpoint import Checkpointer, restore_params
 from tw_jax.train.published import load_published, tokenizer_in
@@ -55,9 +57,7 @@ class ModelConfig:
         they divide by the devices that share them; they are never cut down.
     """
 
-    source: str = dataclasses.field(
-        default="tiny", metadata={config_fields.SHORTHAND: True, config_fields.FORMERLY: ["preset"]}
-    )
+    source: str = dataclasses.field(default="tiny", metadata={config_fields.SHORTHAND: True})
     tokenizer: str = "auto"
     schema: str = "threadweaver"
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -87,17 +87,16 @@ def new_model(config: ModelConfig, seed: int, layout: Layout | None = None) -> L
     Args:
       config: which model.
       seed: of random weights.
-      layout: the mesh over which published weights are spread as they are read; all others are
-        whole on one device.
+      layout: the mesh over which parameters are spread as they are made or read; None: one device.
 
     Raises:
       UserError: unknown source or schema, unusable files, or a tokenizer larger than the model's
         vocabulary.
     """
     if config.source in PRESETS:
-        return _fresh_model(config, seed)
+        return _fresh_model(config, seed, layout)
     if has_checkpoint(config.source):
-        return _model_of_run(config)
+        return _model_of_run(config, layout)
     if "/" not in config.source and not pathlib.Path(config.source).exists():
         raise UserError(
             f"model.source: {config.source!r} is no preset ({', '.join(PRESETS)}) and no folder "
@@ -123,7 +122,7 @@ def new_model(config: ModelConfig, seed: int, layout: Layout | None = None) -> L
     )
 
 
-def _fresh_model(config: ModelConfig, seed: int) -> LoadedModel:
+def _fresh_model(config: ModelConfig, seed: int, layout: Layout | None) -> LoadedModel:
     architecture = dataclasses.replace(
         PRESETS[config.source],
         param_dtype=config.param_dtype,
@@ -140,7 +139,7 @@ def _fresh_model(config: ModelConfig, seed: int) -> LoadedModel:
         )
     return LoadedModel(
         graphdef=qwen3.graphdef(architecture),
-        params=qwen3.init_params(architecture, seed),
+        params=qwen3.init_params(architecture, seed, param_shardings(layout, architecture)),
         config=architecture,
         tokenizer=tokenizer,
         schema=make_schema(config.schema, tokenizer),
@@ -148,8 +147,8 @@ def _fresh_model(config: ModelConfig, seed: int) -> LoadedModel:
     )
 
 
-def _model_of_run(config: ModelConfig) -> LoadedModel:
-    model = load_run(config.source)
+def _model_of_run(config: ModelConfig, layout: Layout | None) -> LoadedModel:
+    model = load_run(config.source, layout=layout)
     if config.tokenizer != "auto" or config.schema != model.schema.name:
         raise UserError(
             f"model.source: the run {config.source} brings its own tokenizer and schema "
@@ -184,16 +183,20 @@ def has_checkpoint(run_dir: str | pathlib.Path) -> bool:
 
 def write_config(run_dir: pathlib.Path, config: Any) -> None:
     """Writes the resolved configuration, once it is known to fit what the folder holds."""
+    if not is_first_process():
+        return
     (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 def prepare_run_dir(run_dir: str | pathlib.Path, tokenizer: Any) -> pathlib.Path:
-    """Creates the folder with the tokenizer.
+    """Creates the folder with the tokenizer; the first process of a run does.
 
     Raises:
       UserError: the folder cannot be written.
     """
     path = pathlib.Path(run_dir)
+    if not is_first_process():
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(path / "tokenizer"))
@@ -225,8 +228,15 @@ def save_model(run_dir: str | pathlib.Path, model: LoadedModel, params: qwen3.Pa
         checkpointer.save(model.step, state, meta=checkpoint_meta(model.config, model.schema))
 
 
-def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedModel:
+def load_run(
+    run_dir: str | pathlib.Path, step: int | None = None, *, layout: Layout | None = None
+) -> LoadedModel:
     """Loads the model of a run, its newest checkpoint or the given step.
+
+    Args:
+      run_dir: the run's folder.
+      step: which checkpoint; None for the newest.
+      layout: the mesh over which the parameters are spread; None: whole on one device.
 
     Raises:
       UserError: no such run, or no usable checkpoint.
@@ -236,8 +246,14 @@ def load_run(run_dir: str | pathlib.Path, step: int | None = None) -> LoadedMode
         raise UserError(
             f"no run at {path}; train one first, e.g. `tw-jax sft` or `tw-jax quickstart`"
         )
-    params, meta, loaded_step = restore_params(checkpoints_dir(path), step)
-    config = Qwen3Config.from_dict(meta["model"], origin=f"{path}, checkpoint {loaded_step}")
+
+    def architecture(meta: Mapping[str, Any]) -> Qwen3Config:
+        return Qwen3Config.from_dict(meta["model"], origin=f"a checkpoint in {path}")
+
+    params, meta, loaded_step = restore_params(
+        checkpoints_dir(path), step, lambda meta: param_shardings(layout, architecture(meta))
+    )
+    config = architecture(meta)
     tokenizer = tokenizer_in(path / "tokenizer")
     generation = path / _GENERATION_CONFIG
     return LoadedModel(

@@ -7,6 +7,9 @@
 4. LM head and log-softmax, a chunk of tokens at a time, so that `[tokens, vocab]` never exists.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +17,14 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.expert_parallel import experts_on
+from tw_jax.models.moe import (
+    ObserveRouter,
+    RouterLoad,
+    Routing,
+    add_router_load,
+    load_balancing_loss,
+    no_router_load,
+)
 from tw_jax.models.qwen3 import Params, Qwen3
 from tw_jax.models.remat import Remat
 from tw_jax.parallel.attention import plan_tiles_on, tree_attention_on
@@ -29,6 +40,34 @@ def token_logprobs(
     remat: Remat,
     layout: Layout | None = None,
 ) -> Float32[Array, "rows row_len"]:
+    """The log-probabilities of `score_tokens`, for callers without use for a router's loss."""
+    scores = score_tokens(
+        graphdef, params, batch, head_chunk=head_chunk, remat=remat, layout=layout
+    )
+    return scores.logprobs
+
+
+class Scores(NamedTuple):
+    """What one forward pass over packed rows says.
+
+    Attributes:
+      logprobs: `log p(tokens[i] | path to i)`; 0 for roots and padding, which nothing predicts.
+      router_loss: the batch's load-balancing loss times its coefficient; 0 where that is 0.
+    """
+
+    logprobs: Float32[Array, "rows row_len"]
+    router_loss: Float32[Array, ""]
+
+
+def score_tokens(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: PackedBatch,
+    *,
+    head_chunk: int,
+    remat: Remat,
+    layout: Layout | None = None,
+) -> Scores:
     """Log-probability of every token given its path from the root.
 
     Differentiable in `params`. Positions are not checked here, where they are traced: see
@@ -42,9 +81,6 @@ def token_logprobs(
         columns of the batch, at least one. A batch that fits into one chunk is not looped over.
       remat: what the backward pass keeps of each layer (`tw_jax.models.remat`).
       layout: how batch and activations lie on a mesh; None on one device.
-
-    Returns:
-      `log p(tokens[i] | path to i)`; 0 for roots and padding, which nothing predicts.
 
     Raises:
       ValueError: `head_chunk` is not positive.
@@ -62,18 +98,39 @@ def token_logprobs(
         out = tree_attention_on(layout, q, k, v, batch.visible_end, hidden_intervals, plan)
         return out, carry
 
+    own_index = jnp.arange(batch.tokens.shape[-1], dtype=jnp.int32)
+    moe = model.config.moe
+    load: RouterLoad | None = None
+    observe: ObserveRouter | None = None
+    if moe is not None and moe.router_aux_loss_coef > 0:
+        # Padding is what neither follows a token nor is followed by one.
+        alone = (batch.parent == own_index) & (batch.visible_end == own_index + 1)
+        counted = (~alone).astype(jnp.float32).reshape(-1)
+        load = no_router_load(moe)
+        observe = functools.partial(_add_to_carry, counted)
+
     with on_mesh(layout):
-        hidden, _ = model.hidden_states(
+        hidden, load = model.hidden_states(
             batch.tokens,
             batch.positions,
             attend,
+            load,
             remat=remat,
+            observe_router=observe,
             constrain=None if layout is None else layout.constrain,
             run_experts=None if layout is None else experts_on(layout),
         )
         logprobs = _parent_logprobs(model, hidden, batch, head_chunk, layout)
-    own_index = jnp.arange(batch.tokens.shape[-1], dtype=jnp.int32)
-    return jnp.where(batch.parent == own_index, 0.0, logprobs)
+    logprobs = jnp.where(batch.parent == own_index, 0.0, logprobs)
+    if moe is None or load is None:
+        return Scores(logprobs, jnp.zeros((), jnp.float32))
+    return Scores(logprobs, moe.router_aux_loss_coef * load_balancing_loss(load))
+
+
+def _add_to_carry(
+    counted: Float32[Array, " tokens"], routing: Routing, carry: RouterLoad
+) -> RouterLoad:
+    return add_router_load(carry, routing, counted)
 
 
 def _parent_logprobs(

@@ -237,7 +237,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
                     saved = step
                 for every, hook in hooks:
                     if step % every == 0:
-                        hook(step, state.params)
+                        hook(step, placement.on_one_device(state.params))
             if step > saved:
                 save()
     if step == 0:

@@ -3,7 +3,9 @@
 1. Every micro-batch gives the gradient of a *sum* over its tokens, and the sum of their weights;
    both are added up, never averaged.
 2. After the last micro-batch one division turns sums into the global weighted mean, so that how
-   tokens were split into rows, micro-batches or devices changes nothing.
+   tokens were split into rows, micro-batches or devices changes nothing. (A router's load-balancing
+   loss, off unless the model's configuration turns it on, is a property of a whole micro-batch; it
+   is averaged over micro-batches by their weight.)
 3. The optimizer takes the mean gradient; a non-finite one skips the update and is counted.
 """
 
@@ -24,7 +26,7 @@ from tw_jax.models.qwen3 import Params
 from tw_jax.models.remat import Remat
 from tw_jax.parallel.layout import Layout
 from tw_jax.train.objective import ObjectiveConfig, policy_loss
-from tw_jax.train.scoring import token_logprobs
+from tw_jax.train.scoring import score_tokens
 from tw_jax.train.state import TrainState, apply_gradients
 
 # (params, batch) -> (weighted sum of losses, metric sums); "weight" must be among the sums, and
@@ -55,7 +57,7 @@ def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig, layout: Layout | None 
     """SFT: sum of weighted negative log-probabilities (DESIGN section 7)."""
 
     def loss(params: Params, batch: PackedBatch):
-        logprob = token_logprobs(
+        logprob, router_loss = score_tokens(
             graphdef,
             params,
             batch,
@@ -64,8 +66,9 @@ def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig, layout: Layout | None 
             layout=layout,
         )
         total = -jnp.sum(jnp.where(batch.loss_weight > 0, batch.loss_weight * logprob, 0.0))
-        sums = {"weight": jnp.sum(batch.loss_weight), "loss": total}
-        return total, sums
+        weight = jnp.sum(batch.loss_weight)
+        total += weight * router_loss
+        return total, {"weight": weight, "loss": total}
 
     return loss
 
@@ -79,7 +82,7 @@ def policy_sum(
     """RL: sum of weighted policy losses, and how far sampler and trainer are apart."""
 
     def loss(params: Params, batch: PackedBatch):
-        logprob = token_logprobs(
+        logprob, router_loss = score_tokens(
             graphdef,
             params,
             batch,
@@ -90,10 +93,12 @@ def policy_sum(
         sampled = batch.loss_weight > 0
         old = batch.sampler_logprob if batch.old_logprob is None else batch.old_logprob
         per_token = policy_loss(objective, logprob, old, batch.advantage, batch.reference_logprob)
+        weight = jnp.sum(batch.loss_weight)
         total = jnp.sum(jnp.where(sampled, batch.loss_weight * per_token, 0.0))
+        total += weight * router_loss
         apart = jnp.where(sampled, jnp.abs(logprob - batch.sampler_logprob), 0.0)
         sums = {
-            "weight": jnp.sum(batch.loss_weight),
+            "weight": weight,
             "loss": total,
             "tokens": jnp.sum(sampled).astype(jnp.float32),
             "nll": -jnp.sum(jnp.where(sampled, logprob, 0.0)),

@@ -1,0 +1,174 @@
+"""`tw-jax plan` from the command line: modelled GPUs here, the TPU compiler in the slow tests."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from tw_jax.cli import main
+from tw_jax.config import load_config
+from tw_jax.errors import UserError
+from tw_jax.parallel.mesh import ParallelConfig
+from tw_jax.planning.chips import parse_topology
+from tw_jax.planning.compiling import cache_key, facts_of
+from tw_jax.planning.config import Assumptions, PlanConfig
+from tw_jax.planning.programs import live_tiles, model_of
+from tw_jax.planning.search import candidates, meshes
+from tw_jax.planning.tpu_environment import libtpu_version
+
+try:
+    LIBTPU = libtpu_version(os.environ)
+except UserError as error:
+    LIBTPU, WHY = "", str(error)
+else:
+    WHY = ""
+needs_libtpu = pytest.mark.skipif(not LIBTPU, reason=WHY)
+
+TINY = ["model=tiny", "row_len=512", "memory.head_chunk=1024", "compute_dtype=float32"]
+
+
+def plan(capsys, *words: str) -> tuple[int, str, dict]:
+    status = main(["plan", *TINY, *words, "json=-"])
+    output = capsys.readouterr().out
+    table, _, last = output.rstrip("\n").rpartition("\n")
+    return status, table, json.loads(last)
+
+
+def test_modelled_gpus(capsys, tmp_path):
+    words = ("topology=h100:8", f"cache_dir={tmp_path}")
+    status, table, found = plan(capsys, *words)
+    assert status == 0 and found["fits"] and not found["compiled"]
+    assert found["mesh"]["fsdp"] == 8 and found["tokens_per_step"] == 8 * 512
+    [program] = found["programs"]
+    # Float32 parameters and two moments over eight devices; only scales of norms are not split.
+    model = model_of(load_config(PlanConfig, None, TINY))
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
+    matrices = model.num_hidden_layers * layer + model.vocab_size * 128
+    norms = model.num_hidden_layers * (2 * 128 + 2 * 32) + 128
+    assert program["arguments"]["params"] == 4 * (matrices / 8 + norms)
+    assert 0 <= program["arguments"]["optimizer"] - 2 * program["arguments"]["params"] < 100
+    kinds = {(c["kind"], tuple(c["axes"])) for c in program["collectives"]}
+    assert kinds == {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))}
+    assert found["step_s"]["best"] < found["step_s"]["worst"]
+    assert max(len(line.rstrip()) for line in table.splitlines()) <= 80
+    words_of_table = " ".join(table.split())
+    assert "uncalibrated" in words_of_table and "modelled, not compiled" in words_of_table
+
+    # The second time nothing is traced: the facts come from the cache.
+    assert len(list(tmp_path.iterdir())) == 1
+    again = plan(capsys, *words, "assume.matmul_worst=0.3")[2]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert again["programs"] == found["programs"]
+    assert again["step_s"]["worst"] > found["step_s"]["worst"]
+
+
+def test_micro_batches_and_rl(capsys):
+    words = ("topology=h100:8", "cache_dir=", "program=rl", "micro_batches=3")
+    found = plan(capsys, *words, "parallel.tensor=2")[2]
+    names = {p["name"]: p["runs"] for p in found["programs"]}
+    assert names == {"first micro-batch": 1, "further micro-batch": 2, "optimizer": 1}
+    first, further, optimizer = found["programs"]
+    assert found["tokens_per_step"] == 3 * 4 * 512
+    assert first["traced_flops"] == further["traced_flops"] and not optimizer["traced_flops"]
+    assert further["arguments"]["gradients"] == further["arguments"]["params"]
+    # While gradients are made, the optimizer's moments lie in memory unused.
+    assert first["resident"]["optimizer"] == optimizer["arguments"]["optimizer"]
+
+
+def test_mistakes_of_the_worker_are_the_users(capsys):
+    assert main(["plan", *TINY, "topology=h100:8", "cache_dir=", "rows=3"]) == 2
+    assert "rows=3 do not divide" in capsys.readouterr().err
+    assert main(["plan", "model=qwen9", "topology=h100:8", "cache_dir="]) == 2
+    assert "no model preset 'qwen9'" in capsys.readouterr().err
+    assert main(["plan", *TINY, "topology=h100:8", "cache_dir=", "timeout_s=1"]) == 2
+    assert "timeout_s=1" in capsys.readouterr().err
+
+
+def test_a_missing_compiler_names_the_remedy():
+    with pytest.raises(UserError, match=r"pip install 'tw-jax\[plan\]'"):
+        libtpu_version({"TPU_LIBRARY_PATH": "/nowhere"} if not LIBTPU else _without_libtpu())
+
+
+def _without_libtpu():
+    pytest.skip("libtpu is installed")
+
+
+def test_cached_results_belong_to_settings_and_versions():
+    config = PlanConfig()
+    key = cache_key(config, "libtpu 1")
+    assert key == cache_key(dataclasses.replace(config, json="-", search=True), "libtpu 1")
+    assert key == cache_key(dataclasses.replace(config, assume=Assumptions(0.1)), "libtpu 1")
+    assert key != cache_key(config, "libtpu 2")
+    assert key != cache_key(dataclasses.replace(config, row_len=512), "libtpu 1")
+
+
+def test_visible_share_of_the_tiles():
+    config = load_config(PlanConfig, None, ["row_len=40960"])
+    assert live_tiles(config, 2) == 2 * 640 * 641 / 2
+    sparse = dataclasses.replace(config, visible=0.25)
+    assert live_tiles(sparse, 2) == live_tiles(config, 2) / 4
+    # Every query block meets at least its own keys.
+    assert live_tiles(dataclasses.replace(config, visible=1e-6), 2) == 2 * 640
+
+
+def test_search_candidates_divide_the_model():
+    config = PlanConfig(model="qwen3-8b", topology="v5p:4x4x4")
+    found = list(meshes(model_of(config), config, 64))
+    assert ParallelConfig(data=2, fsdp=32, context=1, tensor=1, expert=1) in found
+    assert all(p.tensor in (1, 2, 4, 8) for p in found)
+    assert {c.memory.remat for c in candidates(config, parse_topology(config.topology))} == {
+        *("none", "dots", "block", "full")
+    }
+
+
+@pytest.mark.slow
+def test_search_ranks_what_fits(capsys, tmp_path):
+    words = ("topology=h100:2", f"cache_dir={tmp_path}", "search=true", "search_limit=3")
+    status, table, found = plan(capsys, *words)
+    assert status == 0 and len(found["search"]) == 3
+    rates = [c["tokens_per_s"][0] * c["tokens_per_s"][1] for c in found["search"]]
+    assert rates == sorted(rates, reverse=True)
+    assert "best first" in table
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "topology", "mesh"),
+    [
+        ("sft", "v5e:2x2", ("parallel.tensor=2",)),
+        ("sft", "v6e:2x4", ("parallel.context=2", "parallel.tensor=2")),
+        ("rl", "v5p:2x2x2", ("parallel.data=2",)),
+        ("sft", "tpu7x:2x2x1", ()),
+        ("decode", "v5e:2x2", ("parallel.preset=tensor", "parallel.tensor=2", "parallel.data=2")),
+    ],
+)
+def test_tpu_programs_do_the_work_that_was_traced(capsys, program, topology, mesh):
+    words = (f"topology={topology}", f"program={program}", "cache_dir=", *mesh)
+    status, table, found = plan(capsys, *words, "decode_rows=8", "context_len=256")
+    assert status == 0, table
+    assert 0.99 <= found["flops_agreement"] <= 1.01
+    assert found["fits"] and found["compiled"] and found["compile_cpu_s"] > 0
+    assert found["wire_gb"] > 0 and f"libtpu {LIBTPU}" in found["compiler"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_with_its_size(capsys):
+    words = ("topology=v5e:2x2", "cache_dir=", "rows=16384", "memory.remat=none")
+    status, table, found = plan(capsys, *words)
+    assert status == 0 and not found["fits"]
+    assert found["hbm_gib"] > found["hbm_limit_gib"] == 15.75
+    assert "Does not fit" in table
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_arguments_are_exactly_what_the_program_takes(capsys):
+    """The shards that we add up are what the compiler reports as its arguments."""
+    words = ["model=qwen3-0.6b", "row_len=1024", "memory.head_chunk=1024"]
+    config = load_config(PlanConfig, None, [*words, "topology=v5e:4x4", "cache_dir="])
+    [program] = facts_of(config, lambda line: None).programs
+    # Vectors are padded to whole tiles, nothing else is.
+    assert program.argument_bytes == pytest.approx(sum(program.arguments.values()), rel=1e-3)

@@ -1,0 +1,218 @@
+"""The programs of a run, traced with abstract arguments: exactly the functions that runs call.
+
+SFT and RL lower the pieces of `tw_jax.train.update.make_update`, decoding lowers the rollout
+engine's `advance`. Arguments are shapes with shardings; no array is ever made.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.errors import UserError
+from tw_jax.kernels.tile_plan import default_tile
+from tw_jax.models import graphdef
+from tw_jax.models.config import Qwen3Config, preset
+from tw_jax.models.qwen3 import abstract_params, param_axes
+from tw_jax.parallel.layout import Layout
+from tw_jax.parallel.mesh import ParallelConfig
+from tw_jax.planning.config import PlanConfig
+from tw_jax.rollout.engine import EngineConfig, RolloutEngine
+from tw_jax.rollout.state import new_state
+from tw_jax.tasks.character_tokenizer import load_tokenizer
+from tw_jax.train.objective import ObjectiveConfig
+from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
+from tw_jax.train.placement import abstract_state, place_run
+from tw_jax.train.update import make_update, nll_sum, policy_sum
+from tw_jax.trajectory.schemas import make_schema
+
+ATTENTION = "tree_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a step.
+
+    Attributes:
+      name: what it does.
+      runs: how often a step runs it.
+      traced: the traced function; lower and compile it, or count its work.
+      scopes: trips of its data-dependent loops on one device.
+      arguments: bytes per device of what it is given, by category.
+      resident: bytes per device that lie in memory meanwhile, by category.
+      attention_imbalance: attention of the busiest device over the mean of all.
+    """
+
+    name: str
+    runs: int
+    traced: jax.stages.Traced
+    scopes: Mapping[str, float]
+    arguments: Mapping[str, int]
+    resident: Mapping[str, int]
+    attention_imbalance: float = 1.0
+
+
+def model_of(config: PlanConfig) -> Qwen3Config:
+    """The model that is planned.
+
+    Raises:
+      UserError: no such preset, or a dtype that it cannot have.
+    """
+    try:
+        return preset(
+            config.model, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype
+        )
+    except ValueError as error:
+        raise UserError(f"model={config.model!r}: {error}") from error
+
+
+def rows_of(config: PlanConfig, sizes: Mapping[str, int]) -> int:
+    """Rows per micro-batch: those asked for, or one per device that holds rows."""
+    if config.rows is not None:
+        return config.rows
+    return math.prod(sizes[axis] for axis in ParallelConfig().rules().batch)
+
+
+def live_tiles(config: PlanConfig, rows: int) -> float:
+    """Attention tiles that are visited for so many whole rows."""
+    blocks = -(-config.row_len // default_tile(config.row_len))
+    return rows * max(blocks, config.visible * blocks * (blocks + 1) / 2)
+
+
+def attention_imbalance(layout: Layout) -> float:
+    """Attention of the busiest device over the mean, for causal rows cut into equal parts.
+
+    Later queries see more keys: of `n` parts the last one holds `2n - 1` of `n * n` shares.
+    """
+    parts = layout.size("length")
+    return (2 * parts - 1) / parts
+
+
+def programs(config: PlanConfig, layout: Layout) -> list[Program]:
+    """Traces the programs of one step.
+
+    Raises:
+      UserError: model, rows and mesh do not fit each other.
+    """
+    if config.program == "decode":
+        return [_decode(config, layout)]
+    return _update(config, layout)
+
+
+def _update(config: PlanConfig, layout: Layout) -> list[Program]:
+    model = model_of(config)
+    rows = rows_of(config, layout.mesh.shape)
+    layout.check_rows(rows, config.row_len)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 1000)
+    shapes = abstract_params(model)
+    places = place_run(layout, shapes, param_axes(model), optimizer).state
+    assert places is not None  # there is a layout
+    if config.program == "sft":
+        loss = nll_sum(graphdef(model), config.memory, layout)
+    else:
+        loss = policy_sum(graphdef(model), ObjectiveConfig(), config.memory, layout)
+    update = make_update(loss, optimizer, places)
+
+    state = _placed(abstract_state(shapes, optimizer), places)
+    batch = _abstract_batch(layout, rows, config.row_len, rl=config.program == "rl")
+    params, moments = {"params": _size(state.params)}, {"optimizer": _size(state.opt_state)}
+    inputs = {"batch": _size(batch)}
+    local_rows = rows // layout.size("batch")
+    scopes = {ATTENTION: live_tiles(config, local_rows) / layout.size("length")}
+
+    if config.micro_batches == 1:
+        with jax.set_mesh(layout.mesh):
+            whole = update.whole.trace(state, batch)
+        taken = params | moments | inputs
+        return [Program("update", 1, whole, scopes, taken, {}, attention_imbalance(layout))]
+    grads = {"gradients": _size(state.params)}
+    with jax.set_mesh(layout.mesh):
+        first = update.first.trace(state.params, batch)
+        total = _placed(first.out_info, (places.params, None), layout)
+        accumulate = update.accumulate.trace(state.params, total, batch)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated())
+        apply = update.apply.trace(state, total[0], scalar)
+    further, skew = config.micro_batches - 1, attention_imbalance(layout)
+    taken = params | grads | inputs
+    return [
+        Program("first micro-batch", 1, first, scopes, params | inputs, moments, skew),
+        Program("further micro-batch", further, accumulate, scopes, taken, moments, skew),
+        Program("optimizer", 1, apply, {}, params | moments | grads, inputs),
+    ]
+
+
+def _decode(config: PlanConfig, layout: Layout) -> Program:
+    model = dataclasses.replace(model_of(config), param_dtype=config.compute_dtype)
+    schema = make_schema("threadweaver", load_tokenizer())
+    requests = max(1, config.decode_rows * 3 // 4)
+    sizes = EngineConfig(
+        context_len=config.context_len,
+        rows=config.decode_rows,
+        requests=requests,
+        prefill_rows=min(4, config.decode_rows),
+        prefill_chunk=min(256, config.context_len),
+    )
+    engine = RolloutEngine(graphdef(model), schema, sizes)
+    shapes = abstract_params(model)
+    params = _placed(shapes, layout.param_shardings(param_axes(model), shapes))
+    state = jax.eval_shape(lambda: new_state(engine.program))
+    everywhere = layout.replicated()
+    places = jax.tree.map(lambda _: everywhere, state)
+    cache = layout.sharding((None, "kv_heads", None, None))
+    places = dataclasses.replace(places, cache=jax.tree.map(lambda _: cache, state.cache))
+    state = _placed(state, places)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    with jax.set_mesh(layout.mesh):
+        traced = engine.advance.trace(params, state, count, count)
+    kv = _size(state.cache)
+    sizes_by = {"params": _size(params), "kv cache": kv, "engine state": _size(state) - kv}
+    # Every loop of unknown length is the one over steps: one step is planned.
+    return Program("decode step", 1, traced, {"": 1.0}, sizes_by, {})
+
+
+def _abstract_batch(layout: Layout, rows: int, row_len: int, *, rl: bool) -> PackedBatch:
+
+    def array(dtype: Any, *leading: int) -> jax.ShapeDtypeStruct:
+        sharding = layout.sharding((*[None] * len(leading), "batch", "length"))
+        return jax.ShapeDtypeStruct((*leading, rows, row_len), dtype, sharding=sharding)
+
+    floats = {name: array(jnp.float32) for name in ("advantage", "sampler_logprob") if rl}
+    return PackedBatch(
+        tokens=array(jnp.int32),
+        positions=array(jnp.int32),
+        parent=array(jnp.int32),
+        visible_end=array(jnp.int32),
+        hidden_start=array(jnp.int32, 0),
+        hidden_end=array(jnp.int32, 0),
+        loss_weight=array(jnp.float32),
+        rollout_id=array(jnp.int32) if rl else None,
+        **floats,
+    )
+
+
+def _placed(shapes: Any, shardings: Any, layout: Layout | None = None) -> Any:
+    """Shapes with shardings; a missing one (None) lies everywhere."""
+
+    def place(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        if sharding is None and layout is not None:
+            sharding = layout.replicated()
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    if isinstance(shardings, tuple) and None in shardings:
+        return tuple(
+            jax.tree.map(lambda s: place(s, None), part) if where is None else _placed(part, where)
+            for part, where in zip(shapes, shardings, strict=True)
+        )
+    return jax.tree.map(place, shapes, shardings)
+
+
+def _size(tree: Any) -> int:
+    """Bytes per device of arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
