@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -46,14 +47,18 @@ def on_device(params: Any, dtype: str = "float32") -> Params:
 
 def our_logits(config: Qwen3Config, params: Params, tokens: np.ndarray) -> np.ndarray:
     """Float32 logits `[rows, len, vocab]` of causal rows."""
+    return np.asarray(_logits(config, params, jnp.asarray(tokens)))
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: Qwen3Config, params: Params, tokens: Any) -> Any:
     def causal(q, k, v, layer, carry):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True), carry
 
     model = nnx.merge(graphdef(config), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model.hidden_states(jnp.asarray(tokens), positions, causal)
-    return np.asarray(model.logits(hidden))
+    hidden, _ = model.hidden_states(tokens, positions, causal)
+    return model.logits(hidden)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -81,10 +86,10 @@ def test_transformers_computes_the_same(name: str, tokenizer: Any, tmp_path: pat
     np.testing.assert_allclose(our_logits(config, params, tokens), expected, rtol=0, atol=1e-5)
 
     generated = theirs.generate(torch.tensor(tokens), do_sample=False, max_new_tokens=16)[0]
-    ours = tokens
-    for _ in range(generated.shape[0] - tokens.shape[1]):
-        best = our_logits(config, params, ours)[:, -1:].argmax(-1)
-        ours = np.concatenate([ours, best.astype(ours.dtype)], axis=1)
+    ours = np.zeros((1, len(generated)), tokens.dtype)  # causal: what is behind does not matter
+    ours[:, : tokens.shape[1]] = tokens
+    for at in range(tokens.shape[1], len(generated)):
+        ours[0, at] = our_logits(config, params, ours)[0, at - 1].argmax()
     assert their_tokenizer.decode(ours[0]) == their_tokenizer.decode(generated)
     assert ours[0].tolist() == generated.tolist()
 

@@ -17,12 +17,10 @@ from tests.models.test_export_weights import our_logits
 from tests.models.test_import_weights import run_script
 from tests.small_tokenizer import bpe_tokenizer
 from tw_jax import cli
-from tw_jax.config import load_config
 from tw_jax.data.text import encode_user_text
 from tw_jax.errors import UserError
 from tw_jax.models.hf_config import config_to_hf
 from tw_jax.train.run_dir import ModelConfig, load_run, new_model
-from tw_jax.train.sft import SFTConfig
 from tw_jax.trajectory.threadweaver import THREADWEAVER_TAGS
 
 QWEN3_DIR = pathlib.Path(__file__).parents[3] / "shared" / "qwen3_tokenizer"
@@ -180,13 +178,6 @@ def test_a_mesh_gets_published_weights_spread(published: pathlib.Path) -> None:
     done = run_script(f"import sys; sys.argv = ['', {str(published)!r}]\n{MESH_SCRIPT}")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 320 * SMALL.hidden_size / 8
-
-
-def test_settings_of_earlier_runs_are_understood(tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("model:\n  preset: tiny\n  tokenizer: character\n  compute_dtype: bfloat16\n")
-    expected = ModelConfig("tiny", tokenizer="character", compute_dtype="bfloat16")
-    assert load_config(SFTConfig, file).model == expected
 
 
 # --- bad input ------------------------------------------------------------------------------------
