@@ -72,7 +72,7 @@ class PlanConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "bfloat16"
     parallel: ParallelConfig = ParallelConfig()
-    memory: MemoryConfig = MemoryConfig(remat="block", head_chunk=65_536)
+    memory: MemoryConfig = MemoryConfig(remat="block", head_chunk=1024)
     rows: int | None = None
     row_len: int = 40_960
     micro_batches: int = 1

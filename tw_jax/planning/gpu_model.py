@@ -93,8 +93,7 @@ def _logits(config: PlanConfig, model: Qwen3Config, layout: Layout) -> float:
     """Two float32 copies of a chunk's logits on one device."""
     tokens = config.decode_rows
     if config.program != "decode":
-        share = layout.size("batch") * layout.size("length")
-        tokens = min(config.memory.head_chunk / share, _local_tokens(config, layout))
+        tokens = min(config.memory.head_chunk, _local_tokens(config, layout))
     return 2 * _F32 * tokens * model.vocab_size / layout.size("vocab")
 
 

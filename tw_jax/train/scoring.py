@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.expert_parallel import experts_on
@@ -25,10 +25,11 @@ from tw_jax.models.moe import (
     load_balancing_loss,
     no_router_load,
 )
-from tw_jax.models.qwen3 import Params, Qwen3
+from tw_jax.models.qwen3 import Params, Qwen3, head_matrix
 from tw_jax.models.remat import Remat
 from tw_jax.parallel.attention import plan_tiles_on, tree_attention_on
 from tw_jax.parallel.layout import Layout, on_mesh
+from tw_jax.train.lm_head import head_logprobs
 
 
 def token_logprobs(
@@ -77,8 +78,8 @@ def score_tokens(
       graphdef: static half of the model.
       params: its parameters.
       batch: packed rows.
-      head_chunk: tokens whose logits exist at the same time, over all rows; rounded down to whole
-        columns of the batch, at least one. A batch that fits into one chunk is not looped over.
+      head_chunk: tokens whose logits exist at the same time on a device, over all its rows; rounded
+        down to whole columns, at least one. What fits into one chunk is not looped over.
       remat: what the backward pass keeps of each layer (`tw_jax.models.remat`).
       layout: how batch and activations lie on a mesh; None on one device.
 
@@ -120,7 +121,7 @@ def score_tokens(
             constrain=None if layout is None else layout.constrain,
             run_experts=None if layout is None else experts_on(layout),
         )
-        logprobs = _parent_logprobs(model, hidden, batch, head_chunk, layout)
+        logprobs = _parent_logprobs(head_matrix(params), hidden, batch, head_chunk, layout)
     logprobs = jnp.where(batch.parent == own_index, 0.0, logprobs)
     if moe is None or load is None:
         return Scores(logprobs, jnp.zeros((), jnp.float32))
@@ -134,7 +135,7 @@ def _add_to_carry(
 
 
 def _parent_logprobs(
-    model: Qwen3,
+    head: Float[Array, "hidden vocab"],
     hidden: Float[Array, "rows row_len hidden"],
     batch: PackedBatch,
     head_chunk: int,
@@ -145,37 +146,4 @@ def _parent_logprobs(
         if layout is not None:
             hidden = layout.constrain(hidden, ("batch", "length", "embed"))
     with jax.named_scope("head_logprobs"):
-        return head_logprobs(model, hidden, batch.tokens, head_chunk)
-
-
-def head_logprobs(
-    model: Qwen3,
-    hidden: Float[Array, "rows row_len hidden"],
-    targets: Int32[Array, "rows row_len"],
-    head_chunk: int,
-) -> Float32[Array, "rows row_len"]:
-    """Log-probability of each target under the logits of its hidden state, chunk by chunk.
-
-    Chunks are columns of the batch: the row axis stays whole, so that rows sharded over devices
-    stay where they are. Chunked logits are recomputed in the backward pass.
-    """
-    rows, row_len, width = hidden.shape
-
-    def chunk_logprobs(hidden, targets):
-        logits = model.logits(hidden)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    if rows * row_len <= head_chunk:
-        return chunk_logprobs(hidden, targets)
-
-    columns = max(head_chunk // rows, 1)
-    chunks = -(-row_len // columns)
-    extra = chunks * columns - row_len
-    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, extra)))
-    hidden = hidden.reshape(rows, chunks, columns, width).swapaxes(0, 1)
-    targets = targets.reshape(rows, chunks, columns).swapaxes(0, 1)
-    body = jax.checkpoint(chunk_logprobs, prevent_cse=False)
-    logprobs = jax.lax.map(lambda chunk: body(*chunk), (hidden, targets))
-    return logprobs.swapaxes(0, 1).reshape(rows, -1)[:, :row_len]
+        return head_logprobs(head, hidden, batch.tokens, head_chunk, layout)

@@ -43,7 +43,7 @@ class MemoryConfig:
         matrix products and attention; "block": the layer's input and its attention's result;
         "full": the input alone; "offload": the input, in the host's memory. The rest is
         recomputed.
-      head_chunk: tokens per chunk of LM head and log-softmax.
+      head_chunk: tokens per chunk of LM head and log-softmax, on each device.
     """
 
     remat: Remat = "none"
