@@ -25,7 +25,8 @@ SETTINGS = [
     "eval_every=2",
     "log_every=1",
     "tracker.tensorboard=false",
-    "optimizer.warmup_steps=2",
+    "optimizer.warmup_steps=1",
+    "optimizer.schedule=constant",
 ]
 
 pytestmark = pytest.mark.slow
