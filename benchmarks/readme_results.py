@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+_SECTIONS = ("results", "plan")  # each between `<!-- name -->` and `<!-- /name -->`
 
 
 def results_block() -> str:
@@ -70,11 +70,45 @@ _ROWS = (
 )
 
 
+def plan_block() -> str:
+    """The README's table of recorded plans as Markdown."""
+    plans = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("plan_qwen3_8b_*.json"))
+    ]
+    lines = [
+        "| | " + " | ".join(_plan_name(plan) for plan in plans) + " |",
+        "|---|" + "---|" * len(plans),
+    ]
+    for name, cell in _PLAN_ROWS:
+        lines.append(f"| {name} | " + " | ".join(cell(plan) for plan in plans) + " |")
+    return "\n".join(lines)
+
+
+def _plan_name(plan: dict[str, Any]) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    return f"{plan['topology']}, {mesh}, remat {plan['remat']}"
+
+
+_PLAN_ROWS = (
+    ("tokens per step", lambda p: f"{p['tokens_per_step']:,}"),
+    (
+        "GiB per device: sum of all parts, compiler's peak, limit",
+        lambda p: f"{p['hbm_gib']:.1f}, {p['hbm_peak_gib']:.1f}, {p['hbm_limit_gib']:.1f}",
+    ),
+    ("FLOP compiled / traced", lambda p: f"{p['flops_agreement']:.4f}"),
+    ("GB sent per device and step", lambda p: f"{p['wire_gb']:.0f}"),
+    ("CPU seconds to compile", lambda p: f"{p['compile_cpu_s']:.0f}"),
+)
+
+
 def with_results(readme: str) -> str:
-    """The README with its results section rewritten."""
-    head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{results_block()}\n{END}{tail}"
+    """The README with its generated sections rewritten."""
+    for name, block in zip(_SECTIONS, (results_block(), plan_block()), strict=True):
+        head, rest = readme.split(f"<!-- {name} -->")
+        _, tail = rest.split(f"<!-- /{name} -->")
+        readme = f"{head}<!-- {name} -->\n{block}\n<!-- /{name} -->{tail}"
+    return readme
 
 
 if __name__ == "__main__":

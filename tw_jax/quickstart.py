@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from tw_jax.config import to_yaml
@@ -113,6 +114,11 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
 class _Interrupted(Exception):
     """A stage was stopped by a signal and has saved what it had."""
+
+
+def _on_one_device(params: Any) -> Any:
+    """Parameters where rollouts run; training may have spread them over all devices."""
+    return jax.device_put(params, jax.devices()[0])
 
 
 class _Quickstart:
@@ -222,7 +228,7 @@ class _Quickstart:
         greedy = dataclasses.replace(self.config.rl.sampling, temperature=0.0)
         timed = measure_wall_clock(
             wall_clock_engines(model, self.config.rl.engine, greedy),
-            model.params,
+            _on_one_device(model.params),
             model.schema,
             model.tokenizer,
             self.task,
@@ -291,7 +297,7 @@ class _Quickstart:
     ) -> tuple[list[RolloutRecord], list[Rollout]]:
         return evaluate(
             self.engine,
-            params,
+            _on_one_device(params),
             model.schema,
             model.tokenizer,
             self.task,

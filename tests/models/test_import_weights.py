@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -130,13 +131,8 @@ def test_weights_behind_a_url(published: pathlib.Path) -> None:
         memory.rm("/weights_test", recursive=True)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed here")
 def test_a_missing_package_is_named() -> None:
-    try:
-        import gcsfs  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        pytest.skip("gcsfs is installed here")
     with pytest.raises(UserError, match=r"gs:// needs gcsfs: `pip install gcsfs`.*tw-jax\[gcs\]"):
         open_folder("gs://bucket/model")
 

@@ -25,7 +25,6 @@ from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models import Qwen3Config, graphdef, init_params, preset
 from tw_jax.models.config import MixtureOfExperts
 from tw_jax.models.param_shardings import param_shardings
-from tw_jax.models.qwen3 import param_axes
 from tw_jax.parallel import Layout, ParallelConfig, make_layout
 from tw_jax.planning.collectives import collectives
 from tw_jax.train.placement import place_run, placed_state
@@ -104,7 +103,7 @@ def update_once(config: Qwen3Config, layout: Layout | None, *, hidden: bool) -> 
     """One update; the optimizer's state is the gradient itself."""
     optimizer = optax.chain(optax.trace(0.0), optax.sgd(0.1))
     params = init_params(config, 0, param_shardings(layout, config))
-    placement = place_run(layout, params, param_axes(config), optimizer)
+    placement = place_run(layout, config, optimizer)
     sum_loss = nll_sum(graphdef(config), MemoryConfig(remat="full", head_chunk=256), layout)
     update = make_update(sum_loss, optimizer, placement.state)
     state = placed_state(params, optimizer, placement)

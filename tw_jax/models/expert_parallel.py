@@ -21,21 +21,18 @@ def experts_on(layout: Layout) -> RunExperts:
     # Tokens come flattened from rows and columns; a device works on those of its rows.
     tokens = layout.spec(("batch", None))
     widen, narrow = layout.spec(("experts", None, "mlp")), layout.spec(("experts", "mlp", None))
-    used = {name for name, size in layout.mesh.shape.items() if size > 1}
-    expert_axes = tuple(a for a in layout.rules.experts if a in used)
-    sum_axes = tuple(a for a in layout.rules.mlp if a in used)
+    expert_axes, sum_axes = layout.mesh_axes(("experts", "mlp"))
 
     def local(x: Array, routing: Routing, gate: Array, up: Array, down: Array) -> Array:
         kernels = ExpertKernels(gate, up, down)
         first = 0
-        for axis in reversed(expert_axes):
-            x = jax.lax.all_gather(x, axis, tiled=True)
-            routing = Routing(*(jax.lax.all_gather(r, axis, tiled=True) for r in routing))
-        for axis in expert_axes:
-            first = first * layout.mesh.shape[axis] + jax.lax.axis_index(axis)
-        out = run_experts(x, routing, kernels, first * kernels.gate.shape[0])
-        for axis in expert_axes:
-            out = jax.lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
+        if expert_axes:
+            x = jax.lax.all_gather(x, expert_axes, tiled=True)
+            routing = Routing(*(jax.lax.all_gather(r, expert_axes, tiled=True) for r in routing))
+            first = jax.lax.axis_index(expert_axes) * gate.shape[0]
+        out = run_experts(x, routing, kernels, first)
+        if expert_axes:
+            out = jax.lax.psum_scatter(out, expert_axes, scatter_dimension=0, tiled=True)
         return jax.lax.psum(out, sum_axes) if sum_axes else out
 
     spread = jax.shard_map(

@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
@@ -62,7 +62,8 @@ def rematerialised(layer: F, remat: Remat, *, in_scan: bool) -> F:
     }
     if remat not in policies:
         raise UserError(f"remat={remat!r}: choose one of none, {', '.join(policies)}")
-    return jax.checkpoint(layer, prevent_cse=not in_scan, policy=policies[remat])  # type: ignore
+    saved = jax.checkpoint(layer, prevent_cse=not in_scan, policy=policies[remat])
+    return cast(F, saved)
 
 
 def _require_host_memory() -> None:

@@ -7,7 +7,6 @@ queries begin. Gradients of keys and values are scattered back by the transposed
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +64,8 @@ def tree_attention_on(
         return tree_attention(q, k, v, visible_end, hidden, plan=plan)
 
     def local(q, k, v, end, bounds, plan: TilePlan):
-        for axis in layout.rules.length:
-            if layout.mesh.shape[axis] > 1:
-                k, v = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
+        if context := layout.mesh_axes(("length",))[0]:
+            k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
         plan = dataclasses.replace(plan, count=plan.count[0], q_start=plan.q_start[0])
         return tree_attention(q, k, v, end, _hidden(bounds), plan=plan)
 
@@ -94,17 +92,11 @@ def _hidden(bounds: tuple[Array, ...]) -> Hidden | None:
 
 def _query_start(layout: Layout, row_len: int) -> int | Int32[Array, ""]:
     """Index in the row of this device's first query."""
-    axes = [axis for axis in layout.rules.length if layout.mesh.shape[axis] > 1]
-    if not axes:
-        return 0
-    part = functools.reduce(
-        lambda index, axis: index * layout.mesh.shape[axis] + jax.lax.axis_index(axis), axes, 0
-    )
-    return part * (row_len // layout.size("length"))
+    context = layout.mesh_axes(("length",))[0]
+    return jax.lax.axis_index(context) * (row_len // layout.size("length")) if context else 0
 
 
 def _plan_spec(layout: Layout) -> P:
     """Leaves of a plan: one list per part of the rows and, under `context`, of their queries."""
-    axes = (*layout.rules.batch, *layout.rules.length)
-    used = tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
-    return P(used or None)
+    rows, queries = layout.mesh_axes(("batch", "length"))
+    return P((*rows, *queries) or None)

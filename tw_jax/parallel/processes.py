@@ -13,7 +13,6 @@ metrics); checkpoints are written by all of them.
 from collections.abc import Mapping
 
 import jax
-from jax.experimental import multihost_utils
 
 from tw_jax.errors import UserError
 
@@ -63,9 +62,3 @@ def join_processes(environ: Mapping[str, str]) -> bool:
 def is_first_process() -> bool:
     """Whether this process writes what exists once."""
     return jax.process_index() == 0
-
-
-def wait_for_all(name: str) -> None:
-    """Returns once every process has come here; at once in a run of one."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -109,7 +109,7 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
     layout.check_rows(rows, config.row_len)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 1000)
     shapes = abstract_params(model)
-    places = place_run(layout, shapes, param_axes(model), optimizer).state
+    places = place_run(layout, model, optimizer).state
     assert places is not None  # there is a layout
     if config.program == "sft":
         loss = nll_sum(graphdef(model), config.memory, layout)

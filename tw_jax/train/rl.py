@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.config_checks import require_at_least, require_seed
@@ -21,7 +22,6 @@ from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
 from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
-from tw_jax.models.qwen3 import param_axes
 from tw_jax.parallel.layout import Layout
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.rewards.grading import Graded, grade
@@ -151,21 +151,20 @@ def run_rl(config: RLConfig) -> RLResult:
     if layout is not None:
         layout.check_rows(config.rows, config.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
-    model = load_run(config.init_from, config.init_step)
+    model = load_run(config.init_from, config.init_step, layout=layout)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     task = make_task(config.task)
     engine = RolloutEngine(model.graphdef, model.schema, config.engine)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    placement = place_run(layout, model.params, param_axes(model.config), optimizer)
+    placement = place_run(layout, model.config, optimizer)
     sum_loss = policy_sum(model.graphdef, config.objective, config.memory, layout)
     update = make_update(sum_loss, optimizer, placement.state)
     score = _scorer(config, model, layout)
 
     # The update donates its state; the reference and the loaded model must survive it.
-    state = placed_state(placement.copy_params(model.params), optimizer, placement)
-    reference = None
-    if config.objective.kl_coefficient:
-        reference = placement.copy_params(model.params)
+    own_params = jax.tree.map(jnp.copy, model.params)
+    state = placed_state(own_params, optimizer, placement)
+    reference = model.params if config.objective.kl_coefficient else None
     meta = checkpoint_meta(
         model.config,
         model.schema,
@@ -191,7 +190,7 @@ def run_rl(config: RLConfig) -> RLResult:
             saved = start
             while step < config.steps and not interrupt.requested_anywhere():
                 clock = time.monotonic()
-                params = placement.on_one_device(state.params)
+                params = jax.device_put(state.params, jax.devices()[0])
                 rollouts, graded = _sample(config, model, engine, task, params, step)
                 del params  # a whole copy on a mesh
                 rollout_s = time.monotonic() - clock
@@ -227,7 +226,7 @@ def run_rl(config: RLConfig) -> RLResult:
         print(f"Stopped at step {step} and saved. Run the same command again to go on.")
     print(f"{run_dir}: step {step}, checkpoint saved")
     return RLResult(
-        model=dataclasses.replace(model, params=placement.on_one_device(state.params), step=step),
+        model=dataclasses.replace(model, params=state.params, step=step),
         max_logprob_abs_diff=largest,
         seconds=time.monotonic() - began,
         interrupted=interrupt.requested,

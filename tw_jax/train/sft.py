@@ -26,7 +26,6 @@ from tw_jax.data.packing import LossWeights, WeightedTrie
 from tw_jax.data.pipeline import RandomAccess, packed_batches
 from tw_jax.data.sources import TaskTrajectories, file_trajectories
 from tw_jax.errors import UserError
-from tw_jax.models.qwen3 import param_axes
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Split
@@ -173,7 +172,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
 
     optimizer = make_optimizer(config.optimizer, config.steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
-    placement = place_run(layout, model.params, param_axes(model.config), optimizer)
+    placement = place_run(layout, model.config, optimizer)
     sum_loss = nll_sum(model.graphdef, config.memory, layout)
     update = make_update(sum_loss, optimizer, placement.state)
     heldout_sums = jax.jit(lambda params, batch: sum_loss(params, batch)[1])
@@ -237,7 +236,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
                     saved = step
                 for every, hook in hooks:
                     if step % every == 0:
-                        hook(step, placement.on_one_device(state.params))
+                        hook(step, state.params)
             if step > saved:
                 save()
     if step == 0:

@@ -26,7 +26,7 @@ from tw_jax.models.qwen3 import Params
 from tw_jax.models.remat import Remat
 from tw_jax.parallel.layout import Layout
 from tw_jax.train.objective import ObjectiveConfig, policy_loss
-from tw_jax.train.scoring import score_tokens
+from tw_jax.train.scoring import Scores, score_tokens
 from tw_jax.train.state import TrainState, apply_gradients
 
 # (params, batch) -> (weighted sum of losses, metric sums); "weight" must be among the sums, and
@@ -55,16 +55,10 @@ class MemoryConfig:
 
 def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig, layout: Layout | None = None) -> SumLoss:
     """SFT: sum of weighted negative log-probabilities (DESIGN section 7)."""
+    score = _scorer(graphdef, memory, layout)
 
     def loss(params: Params, batch: PackedBatch):
-        logprob, router_loss = score_tokens(
-            graphdef,
-            params,
-            batch,
-            head_chunk=memory.head_chunk,
-            remat=memory.remat,
-            layout=layout,
-        )
+        logprob, router_loss = score(params, batch)
         total = -jnp.sum(jnp.where(batch.loss_weight > 0, batch.loss_weight * logprob, 0.0))
         weight = jnp.sum(batch.loss_weight)
         total += weight * router_loss
@@ -80,16 +74,10 @@ def policy_sum(
     layout: Layout | None = None,
 ) -> SumLoss:
     """RL: sum of weighted policy losses, and how far sampler and trainer are apart."""
+    score = _scorer(graphdef, memory, layout)
 
     def loss(params: Params, batch: PackedBatch):
-        logprob, router_loss = score_tokens(
-            graphdef,
-            params,
-            batch,
-            head_chunk=memory.head_chunk,
-            remat=memory.remat,
-            layout=layout,
-        )
+        logprob, router_loss = score(params, batch)
         sampled = batch.loss_weight > 0
         old = batch.sampler_logprob if batch.old_logprob is None else batch.old_logprob
         per_token = policy_loss(objective, logprob, old, batch.advantage, batch.reference_logprob)
@@ -108,6 +96,18 @@ def policy_sum(
         return total, sums
 
     return loss
+
+
+def _scorer(
+    graphdef: nnx.GraphDef, memory: MemoryConfig, layout: Layout | None
+) -> Callable[[Params, PackedBatch], Scores]:
+    return functools.partial(
+        score_tokens,
+        graphdef,
+        head_chunk=memory.head_chunk,
+        remat=memory.remat,
+        layout=layout,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
