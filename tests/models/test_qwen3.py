@@ -185,7 +185,7 @@ def test_bad_configs_name_the_field():
         preset("tiny", compute_dtype="int8")
     with pytest.raises(ValueError, match="rope_theta=0"):
         preset("tiny", rope_theta=0)
-    with pytest.raises(ValueError, match="choose one of tiny, tiny-moe, qwen3-0.6b"):
+    with pytest.raises(ValueError, match="choose one of tiny, tiny-long, tiny-moe, qwen3-0.6b"):
         preset("qwen3-9b")
     with pytest.raises(ValueError, match="no model field depth"):
         preset("tiny", depth=2)
@@ -194,7 +194,9 @@ def test_bad_configs_name_the_field():
 def test_presets_have_the_published_number_of_parameters():
     """Billions of parameters, a tied head counted once, as the model cards say."""
     published = {"0.6b": 0.596, "1.7b": 1.72, "4b": 4.02, "8b": 8.19, "14b": 14.77, "32b": 32.76}
-    assert {"tiny", "tiny-moe", *(f"qwen3-{size}" for size in published)} <= set(PRESETS)
+    assert {"tiny", "tiny-long", "tiny-moe", *(f"qwen3-{size}" for size in published)} <= set(
+        PRESETS
+    )
     for size, billions in published.items():
         abstract = jax.eval_shape(lambda size=size: init_params(PRESETS[f"qwen3-{size}"], 0))
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract))

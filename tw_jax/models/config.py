@@ -285,12 +285,22 @@ _TINY_EXPERTS = MixtureOfExperts(
     norm_topk_prob=True,
     router_aux_loss_coef=0.0,
 )
+# For texts of several hundred tokens whose end looks things up at their start: addressing them by
+# content takes more heads, and channels that hardly turn over such distances.
+_TINY_LONG = dataclasses.replace(
+    _TINY,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    rope_theta=1e4,
+    initializer_range=0.04,
+)
 _QWEN3_4B = _published(2560, 9728, 36, 32, tie_word_embeddings=True)
 # The releases of July 2025 are trained on a longer context.
 _QWEN3_4B_2507 = dataclasses.replace(_QWEN3_4B, rope_theta=5e6, max_position_embeddings=262_144)
 
 PRESETS: dict[str, Qwen3Config] = {
     "tiny": _TINY,
+    "tiny-long": _TINY_LONG,
     "tiny-moe": dataclasses.replace(_TINY, moe=_TINY_EXPERTS),
     "qwen3-0.6b": _published(1024, 3072, 28, 16, tie_word_embeddings=True),
     "qwen3-1.7b": _published(2048, 6144, 28, 16, tie_word_embeddings=True),

@@ -44,10 +44,14 @@ def matmul(
     activations (a third of a training step). On a mesh the axes stay apart: they may be sharded.
     """
     tokens = x.shape[:-1]
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _on_a_mesh():
         x = x.reshape(-1, x.shape[-1])
     out = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
     return out.reshape(*tokens, -1)
+
+
+def _on_a_mesh() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
 
 
 class RMSNorm(nnx.Module):
@@ -77,7 +81,15 @@ class Linear(nnx.Module):
         self.kernel = matrix(shape, axes, config, rngs)
 
     def __call__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b out"]:
-        """`x @ kernel` in the dtype of `x`."""
+        """`x @ kernel` in the dtype of `x`.
+
+        Where devices hold parts of a sum (of the product over `tensor`, of the kernel's gradient
+        over the batch), they round their part to that dtype and then add: in bfloat16 that is half
+        the traffic of float32 parts, which XLA would send otherwise.
+        """
+        if _on_a_mesh():
+            kernel = self.kernel[...].astype(x.dtype)
+            return jnp.matmul(x, kernel, preferred_element_type=x.dtype)
         return matmul(x, self.kernel[...]).astype(x.dtype)
 
 

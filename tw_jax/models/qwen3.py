@@ -24,7 +24,7 @@ Names follow the checkpoints of the Hugging Face implementation; matrices are st
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -47,6 +47,7 @@ from tw_jax.models.layers import (
 from tw_jax.models.moe import ObserveRouter, RunExperts, SparseSwiGLU, all_experts
 from tw_jax.models.remat import Remat, name_layer_input, rematerialised
 from tw_jax.models.rope import rotary_angles, rotate
+from tw_jax.parallel.embedding import embedding_rows
 
 Params = dict[str, Any]
 
@@ -69,6 +70,9 @@ class Attend(Protocol):
         """
         ...
 
+
+# (embedding table, token ids) -> the tokens' rows of the table
+LookUp = Callable[[Float[Array, "vocab hidden"], Int32[Array, "*b len"]], Float[Array, "..."]]
 
 _RESIDUAL = ("batch", "residual_length", "embed")
 
@@ -168,6 +172,7 @@ class Qwen3(nnx.Module):
         remat: Remat = "none",
         layers: Sequence[Params] | None = None,
         constrain: Constrain | None = None,
+        look_up: LookUp | None = None,
         run_experts: RunExperts | None = None,
         observe_router: ObserveRouter | None = None,
     ) -> tuple[Float[Array, "*b len hidden"], Any]:
@@ -185,6 +190,8 @@ class Qwen3(nnx.Module):
           constrain: places activations on a mesh: the residual stream after the embedding and
             after each layer, queries, keys and values, and the inner feed-forward activations of
             dense layers. None: as the compiler likes.
+          look_up: finds the tokens' rows in the embedding table and returns them in the compute
+            dtype, for callers that spread the table over devices. None: by index.
           run_experts: runs routed tokens through the experts, for callers that split the experts
             over devices. None: all of them here.
           observe_router: called in each layer with experts, to record where tokens went in the
@@ -207,11 +214,8 @@ class Qwen3(nnx.Module):
             check_positions(self.config, np.asarray(positions))
         with jax.named_scope("embed"):
             table = self.embed_tokens.embedding[...]
-            if constrain is not None:
-                # Gathered whole, once: rows spread over devices as slices of their width could
-                # only become rows of the batch by replicating them.
-                table = constrain(table.astype(self.config.compute_dtype), ("vocab", None))
-            x = table[tokens].astype(self.config.compute_dtype)
+            dtype = self.config.compute_dtype
+            x = look_up(table, tokens) if look_up else embedding_rows(table, tokens, dtype)
             x = hooks.constrain(x, _RESIDUAL)
         rotation = rotary_angles(positions, self.config)
         block_def, stacked_state = nnx.split(self.layers)

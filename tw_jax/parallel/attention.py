@@ -65,7 +65,7 @@ def tree_attention_on(
 
     def local(q, k, v, end, bounds, plan: TilePlan):
         if context := layout.mesh_axes(("length",))[0]:
-            k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
+            k, v = _gather_tokens(k, v, context)
         plan = dataclasses.replace(plan, count=plan.count[0], q_start=plan.q_start[0])
         return tree_attention(q, k, v, end, _hidden(bounds), plan=plan)
 
@@ -84,6 +84,23 @@ def tree_attention_on(
         out_specs=layout.spec(_Q),
         check_vma=False,
     )(q, k, v, visible_end, hidden or (), plan)
+
+
+def _gather_tokens(
+    k: Float[Array, "rows part kv_heads dim"],
+    v: Float[Array, "rows part kv_heads dim"],
+    axes: tuple[str, ...],
+) -> list[Float[Array, "rows len kv_heads dim"]]:
+    """Keys and values of whole rows, in one transfer.
+
+    Tokens are the first of two axes meanwhile: of other shapes the TPU compiler makes the
+    transposed gather, which scatters the gradients back, an all-reduce of twice the traffic.
+    """
+    rows, part, kv_heads, dim = k.shape
+    tokens_first = jnp.concatenate([k, v], axis=2).swapaxes(0, 1).reshape(part, -1)
+    whole = jax.lax.all_gather(tokens_first, axes, axis=0, tiled=True)
+    whole = whole.reshape(-1, rows, 2 * kv_heads, dim).swapaxes(0, 1)
+    return jnp.split(whole, 2, axis=2)
 
 
 def _hidden(bounds: tuple[Array, ...]) -> Hidden | None:

@@ -2,16 +2,15 @@
 
 On a mesh the head is gathered once, before the loop over chunks; each device runs its own rows and
 columns, and its own part of the vocabulary where that is split. The head's gradient is added up on
-each device and reduced once, after the loop.
+each device in float32, and once, after the loop, it is added up over devices and scattered to them.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from tw_jax.models.layers import matmul
+from tw_jax.parallel.gather import gathered
 from tw_jax.parallel.layout import Layout
 
 
@@ -34,12 +33,16 @@ def head_logprobs(
     if layout is None:
         return _in_chunks(head, hidden, targets, head_chunk, ())
     tokens, width = layout.spec(("batch", "length")), layout.spec(("batch", "length", None))
-    vocab_axes = layout.mesh_axes(("vocab",))[0]
-    local = functools.partial(_in_chunks, head_chunk=head_chunk, vocab_axes=vocab_axes)
+    embed_axes, vocab_axes = layout.mesh_axes(("embed", "vocab"))
+
+    def local(head: Array, hidden: Array, targets: Array) -> Array:
+        head = gathered(head, embed_axes, axis=0)
+        return _in_chunks(head, hidden, targets, head_chunk, vocab_axes)
+
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(layout.spec((None, "vocab")), width, tokens),
+        in_specs=(layout.spec(("embed", "vocab")), width, tokens),
         out_specs=tokens,
         check_vma=False,
     )(head, hidden, targets)

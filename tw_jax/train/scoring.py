@@ -28,6 +28,7 @@ from tw_jax.models.moe import (
 from tw_jax.models.qwen3 import Params, Qwen3, head_matrix
 from tw_jax.models.remat import Remat
 from tw_jax.parallel.attention import plan_tiles_on, tree_attention_on
+from tw_jax.parallel.embedding import embedding_on
 from tw_jax.parallel.layout import Layout, on_mesh
 from tw_jax.train.lm_head import head_logprobs
 
@@ -110,6 +111,7 @@ def score_tokens(
         load = no_router_load(moe)
         observe = functools.partial(_add_to_carry, counted)
 
+    dtype = model.config.compute_dtype
     with on_mesh(layout):
         hidden, load = model.hidden_states(
             batch.tokens,
@@ -119,6 +121,7 @@ def score_tokens(
             remat=remat,
             observe_router=observe,
             constrain=None if layout is None else layout.constrain,
+            look_up=None if layout is None else embedding_on(layout, dtype),
             run_experts=None if layout is None else experts_on(layout),
         )
         logprobs = _parent_logprobs(head_matrix(params), hidden, batch, head_chunk, layout)
