@@ -2,7 +2,8 @@
 
 No GPU compiler runs without a GPU, so what a TPU plan reads from the compiled program is a model
 here: weights are gathered layer by layer and again for the backward pass, gradients are scattered
-in the parameters' dtype, and activations are kept as the remat policy says.
+in the compute dtype (those of the vocabulary's tables in float32), and activations are kept as the
+remat policy says.
 """
 
 import dataclasses
@@ -121,11 +122,13 @@ def _used(layout: Layout, name: str) -> tuple[str, ...]:
 def _collectives(
     config: PlanConfig, model: Qwen3Config, layout: Layout, tokens: int
 ) -> tuple[Collective, ...]:
-    item, stored = _BYTES[config.compute_dtype], _BYTES[config.param_dtype]
+    item = _BYTES[config.compute_dtype]
     layers = model.num_hidden_layers
     again = config.memory.remat in ("block", "full", "offload")
-    table = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    weights = (layers * _layer_parameters(model) + table) / layout.size("heads")
+    tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    tables /= layout.size("vocab")
+    matrices = layers * _layer_parameters(model) / layout.size("heads")
+    gradients = matrices * item + tables * _F32
     shards = _used(layout, "embed")
     found = []
 
@@ -134,14 +137,15 @@ def _collectives(
         if group > 1:
             found.append(Collective(kind, int(size), group, axes, count))
 
-    add("all-gather", weights * item, shards, 2)
-    add("reduce-scatter", weights * stored, shards, 1)
+    add("all-gather", (matrices + tables) * item, shards, 2)
+    add("reduce-scatter", gradients, shards, 1)
     share = math.prod(layout.mesh.shape[axis] for axis in shards)
     data = tuple(axis for axis in ("data",) if layout.mesh.shape[axis] > 1)
-    add("all-reduce", weights * stored / share, data, 1)
-    # Two sums of partial products per layer forward and two backward.
+    add("all-reduce", gradients / share, data, 1)
+    # Two sums of partial products per layer forward and two backward; recomputation needs only that
+    # behind attention.
     residual = tokens * model.hidden_size * item
-    add("all-reduce", residual, _used(layout, "heads"), layers * (4 + 2 * again))
+    add("all-reduce", residual, _used(layout, "heads"), layers * (4 + again))
     keys = tokens * layout.size("length") * model.num_key_value_heads * model.head_dim
     keys = 2 * keys * item / layout.size("kv_heads")
     add("all-gather", keys, _used(layout, "length"), layers * (1 + again))
