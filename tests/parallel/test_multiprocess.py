@@ -1,14 +1,19 @@
-"""Two processes of four virtual devices each: the run of one process with eight, and of one."""
+"""Two processes of four virtual devices each do what one process with eight does, and with one."""
 
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from tests.parallel.export_worker import MAX_SHARD_BYTES, MODELS
+from tw_jax.models import init_params
+from tw_jax.models.export_weights import export_model
+from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.train.import_export import ExportConfig, run_export
 from tw_jax.train.run_dir import load_run
 
@@ -84,6 +89,37 @@ def test_two_processes_train_save_and_go_on_as_one(tmp_path):
     run_export(ExportConfig(run_dir=str(tmp_path / "two"), out=str(tmp_path / "exported")))
     assert (tmp_path / "exported" / "model.safetensors").exists()
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in [model.params["norm"]["scale"]])
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_processes_export_as_one(tmp_path):
+    launch = [str(REPOSITORY / "launch/local_multiprocess.sh"), "2", "4"]
+    worker = f"{sys.executable} -m tests.parallel.export_worker"
+    run([*launch, str(tmp_path)], TW_JAX=worker)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(MODELS)
+    for name, (config, _) in MODELS.items():
+        files = export_model(
+            tmp_path / "one",
+            init_params(config, 0),
+            config,
+            load_tokenizer(),
+            max_shard_bytes=MAX_SHARD_BYTES,
+        )
+        assert len(files) > 2
+        assert contents(tmp_path / name) == contents(tmp_path / "one")
+        shutil.rmtree(tmp_path / "one")
+
+
+def test_two_processes_export_a_run(tmp_path):
+    sft(tmp_path / "run", 2, processes=1, devices=1)
+    words = ["export", str(tmp_path / "run"), "max_shard_mb=1"]
+    run([*TW_JAX.split(), *words, f"out={tmp_path / 'one'}"])
+    launch = [str(REPOSITORY / "launch/local_multiprocess.sh"), "2", "4"]
+    run([*launch, *words, f"out={tmp_path / 'two'}"], TW_JAX=TW_JAX)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_failing_process_ends_the_run(tmp_path):
