@@ -1,4 +1,4 @@
-"""Two processes of four virtual devices each do what one process with eight does, and with one."""
+"""Two processes of four virtual devices each do what one process with eight, or one, does."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from tw_jax.train.run_dir import load_run
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 TW_JAX = f"{sys.executable} -m tw_jax.cli"
+LAUNCH = [str(REPOSITORY / "launch/local_multiprocess.sh"), "2", "4"]
 SETTINGS = [
     "sft",
     "seed=5",
@@ -67,6 +68,10 @@ def sft(run_dir: pathlib.Path, steps: int, *, processes: int, devices: int) -> d
     return found
 
 
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_two_processes_train_save_and_go_on_as_one(tmp_path):
     one = sft(tmp_path / "one", 4, processes=1, devices=1)
     eight = sft(tmp_path / "eight", 4, processes=1, devices=8)
@@ -88,17 +93,15 @@ def test_two_processes_train_save_and_go_on_as_one(tmp_path):
     model = load_run(tmp_path / "two", 2)
     run_export(ExportConfig(run_dir=str(tmp_path / "two"), out=str(tmp_path / "exported")))
     assert (tmp_path / "exported" / "model.safetensors").exists()
+    words = ["export", str(tmp_path / "two"), f"out={tmp_path / 'exported_by_two'}"]
+    run([*LAUNCH, *words], TW_JAX=TW_JAX)
+    assert contents(tmp_path / "exported_by_two") == contents(tmp_path / "exported")
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in [model.params["norm"]["scale"]])
 
 
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_two_processes_export_as_one(tmp_path):
-    launch = [str(REPOSITORY / "launch/local_multiprocess.sh"), "2", "4"]
     worker = f"{sys.executable} -m tests.parallel.export_worker"
-    run([*launch, str(tmp_path)], TW_JAX=worker)
+    run([*LAUNCH, str(tmp_path)], TW_JAX=worker)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(MODELS)
     for name, (config, _) in MODELS.items():
         files = export_model(
@@ -113,18 +116,8 @@ def test_two_processes_export_as_one(tmp_path):
         shutil.rmtree(tmp_path / "one")
 
 
-def test_two_processes_export_a_run(tmp_path):
-    sft(tmp_path / "run", 2, processes=1, devices=1)
-    words = ["export", str(tmp_path / "run"), "max_shard_mb=1"]
-    run([*TW_JAX.split(), *words, f"out={tmp_path / 'one'}"])
-    launch = [str(REPOSITORY / "launch/local_multiprocess.sh"), "2", "4"]
-    run([*launch, *words, f"out={tmp_path / 'two'}"], TW_JAX=TW_JAX)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
 def test_a_failing_process_ends_the_run(tmp_path):
-    script = str(REPOSITORY / "launch/local_multiprocess.sh")
-    words = [script, "2", "4", *SETTINGS, f"run_dir={tmp_path}", "steps=2", "data.row_len=1"]
+    words = [*LAUNCH, *SETTINGS, f"run_dir={tmp_path}", "steps=2", "data.row_len=1"]
     done = subprocess.run(
         words,
         cwd=REPOSITORY,
