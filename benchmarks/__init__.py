@@ -1,1 +1,10 @@
-"""Benchmarks: `python -m benchmarks NAME [--json FILE]`, run from the repository."""
+"""Benchmarks: `python -m benchmarks NAME [--json FILE]`, run from the repository.
+
+| name | what it measures |
+|---|---|
+| trie | from token ids to a trie, 40,000 tokens |
+| train | SFT at the quickstart's shape, useful tokens per second |
+| sft --peer tunix | the same SFT update in tw_jax and in a peer, in turns |
+| parity | logits and gradients against transformers |
+| checkpoint-io | import and export of weights against a file copy |
+"""

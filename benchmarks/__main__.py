@@ -6,20 +6,27 @@ import json
 import pathlib
 import sys
 
-BENCHMARKS = ("trie", "train", "parity", "checkpoint-io")
+from benchmarks.peers import PEERS
+
+BENCHMARKS = ("trie", "train", "sft", "parity", "checkpoint-io")
+AGAINST_PEERS = ("sft",)
 
 
 def main() -> None:
     """Entry point of `python -m benchmarks`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=BENCHMARKS)
-    parser.add_argument("--json", metavar="FILE", help="write the JSON here too; '-' for stdout")
-    arguments = parser.parse_args()
-    module = f"benchmarks.{arguments.name.replace('-', '_')}"
-    result = importlib.import_module(module).run()
-    line = json.dumps(result)
-    if arguments.json and arguments.json != "-":
-        pathlib.Path(arguments.json).write_text(line + "\n", encoding="utf-8")
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name in BENCHMARKS:
+        benchmark = names.add_parser(name)
+        benchmark.add_argument("--json", metavar="FILE", help="write the JSON here too")
+        if name in AGAINST_PEERS:
+            benchmark.add_argument("--peer", choices=PEERS, default="tunix", help="against which")
+    arguments = vars(parser.parse_args())
+    module = f"benchmarks.{arguments.pop('name').replace('-', '_')}"
+    file = arguments.pop("json")
+    line = json.dumps(importlib.import_module(module).run(**arguments))
+    if file and file != "-":
+        pathlib.Path(file).write_text(line + "\n", encoding="utf-8")
     print(line)
     sys.stdout.flush()
 

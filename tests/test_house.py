@@ -1,5 +1,6 @@
 """The rules of the house that a linter cannot know."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -17,9 +18,14 @@ MAX_MODULE_LINES = 400
 
 def project_files() -> Iterator[pathlib.Path]:
     for name in TOP_LEVEL:
-        folder = ROOT / name
-        yield from (f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
-    yield from (f for f in ROOT.iterdir() if f.is_file())
+        for folder, folders, files in os.walk(ROOT / name):
+            if "pyvenv.cfg" in files:  # the environment of a peer is not ours
+                folders.clear()
+                continue
+            folders[:] = [f for f in folders if f != "__pycache__"]
+            yield from (pathlib.Path(folder, f) for f in files)
+    # In a linked worktree .git is a file.
+    yield from (f for f in ROOT.iterdir() if f.is_file() and f.name != ".git")
 
 
 def test_imports_point_one_way():

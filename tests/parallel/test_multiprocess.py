@@ -1,19 +1,25 @@
-"""Two processes of four virtual devices each: the run of one process with eight, and of one."""
+"""Two processes of four virtual devices each do what one process with eight, or one, does."""
 
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from tests.parallel.export_worker import MAX_SHARD_BYTES, MODELS
+from tw_jax.models import init_params
+from tw_jax.models.export_weights import export_model
+from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.train.import_export import ExportConfig, run_export
 from tw_jax.train.run_dir import load_run
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 TW_JAX = f"{sys.executable} -m tw_jax.cli"
+LAUNCH = [str(REPOSITORY / "launch/local_multiprocess.sh"), "2", "4"]
 SETTINGS = [
     "sft",
     "seed=5",
@@ -62,6 +68,10 @@ def sft(run_dir: pathlib.Path, steps: int, *, processes: int, devices: int) -> d
     return found
 
 
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_two_processes_train_save_and_go_on_as_one(tmp_path):
     one = sft(tmp_path / "one", 4, processes=1, devices=1)
     eight = sft(tmp_path / "eight", 4, processes=1, devices=8)
@@ -83,12 +93,31 @@ def test_two_processes_train_save_and_go_on_as_one(tmp_path):
     model = load_run(tmp_path / "two", 2)
     run_export(ExportConfig(run_dir=str(tmp_path / "two"), out=str(tmp_path / "exported")))
     assert (tmp_path / "exported" / "model.safetensors").exists()
+    words = ["export", str(tmp_path / "two"), f"out={tmp_path / 'exported_by_two'}"]
+    run([*LAUNCH, *words], TW_JAX=TW_JAX)
+    assert contents(tmp_path / "exported_by_two") == contents(tmp_path / "exported")
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in [model.params["norm"]["scale"]])
 
 
+def test_two_processes_export_as_one(tmp_path):
+    worker = f"{sys.executable} -m tests.parallel.export_worker"
+    run([*LAUNCH, str(tmp_path)], TW_JAX=worker)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(MODELS)
+    for name, (config, _) in MODELS.items():
+        files = export_model(
+            tmp_path / "one",
+            init_params(config, 0),
+            config,
+            load_tokenizer(),
+            max_shard_bytes=MAX_SHARD_BYTES,
+        )
+        assert len(files) > 2
+        assert contents(tmp_path / name) == contents(tmp_path / "one")
+        shutil.rmtree(tmp_path / "one")
+
+
 def test_a_failing_process_ends_the_run(tmp_path):
-    script = str(REPOSITORY / "launch/local_multiprocess.sh")
-    words = [script, "2", "4", *SETTINGS, f"run_dir={tmp_path}", "steps=2", "data.row_len=1"]
+    words = [*LAUNCH, *SETTINGS, f"run_dir={tmp_path}", "steps=2", "data.row_len=1"]
     done = subprocess.run(
         words,
         cwd=REPOSITORY,

@@ -3,22 +3,30 @@
 Shapes fix every byte's place before any weight is touched, so the tensors are streamed one at a
 time, in blocks that several threads transpose, convert and write where they belong. The folder
 appears under its name only when it is complete.
+
+In a run of several processes all of them call `export_model`; the first one writes. Parameters that
+are spread over the processes are gathered layer by layer, which takes all of them.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
@@ -27,9 +35,11 @@ from tw_jax.models.hf_config import config_to_hf
 from tw_jax.models.matrix_copy import copy_rows
 from tw_jax.models.safetensors_file import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from tw_jax.models.weight_names import Piece, pieces_of
+from tw_jax.parallel.processes import is_first_process, led_by_first_process
 
 _BLOCK_BYTES = 8 << 20  # written at once
 _CODES = {str(dtype): code for code, dtype in FLOAT_DTYPES.items()}
+_NOTHING = np.empty(0)
 
 
 def export_model(
@@ -46,7 +56,7 @@ def export_model(
 
     Args:
       out: the new folder; nothing may be there yet.
-      params: the parameters, all of them on devices of this process.
+      params: the parameters; on a mesh over several processes, or whole in each.
       config: their architecture.
       tokenizer: a Hugging Face tokenizer; its end-of-text and padding tokens go into the settings.
       dtype: of the written tensors; None keeps `config.param_dtype`.
@@ -57,8 +67,8 @@ def export_model(
       Names of the weight files.
 
     Raises:
-      UserError: `out` exists or cannot be written, the tokenizer has more tokens than the model
-        rows, or the parameters are spread over several processes.
+      UserError: `out` exists or cannot be written, or the tokenizer has more tokens than the model
+        rows; in every process.
     """
     config = dataclasses.replace(config, param_dtype=dtype or config.param_dtype)
     if len(tokenizer) > config.vocab_size:
@@ -71,16 +81,22 @@ def export_model(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if (value := getattr(tokenizer, name)) is not None
     }
-    with _new_folder(pathlib.Path(out)) as folder:
-        files = _write_weights(folder, params, config.param_dtype, max_shard_bytes)
-        tokenizer.save_pretrained(str(folder))
-        _make_readable_by_transformers_4(folder / "tokenizer_config.json")
-        # Version 4 mistrusts the tokenizer of a config.json that does not say who wrote it.
-        writer = {"transformers_version": importlib.metadata.version("transformers")}
-        _write_json(folder / "config.json", config_to_hf(config) | tokens | writer)
-        generation = {**tokens, **(generation_config or {})}
-        _write_json(folder / "generation_config.json", generation)
-    return files
+    written_dtype = FLOAT_DTYPES[_CODES[config.param_dtype]]
+    files = _plan_files(_tensors(params), written_dtype, max_shard_bytes)
+    with led_by_first_process() as check:
+        if not is_first_process():
+            _help_gathering(files, check)
+            return list(files)
+        with _new_folder(pathlib.Path(out)) as folder:
+            _write_weights(folder, files, written_dtype, check)
+            tokenizer.save_pretrained(str(folder))
+            _make_readable_by_transformers_4(folder / "tokenizer_config.json")
+            # Version 4 mistrusts the tokenizer of a config.json that does not say who wrote it.
+            writer = {"transformers_version": importlib.metadata.version("transformers")}
+            _write_json(folder / "config.json", config_to_hf(config) | tokens | writer)
+            generation = {**tokens, **(generation_config or {})}
+            _write_json(folder / "generation_config.json", generation)
+    return list(files)
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -132,43 +148,56 @@ class _Tensor:
         return math.prod(self.piece.tensor_shape) * dtype.itemsize
 
 
+# File name -> the tensors in it, in order.
+_Files = Mapping[str, Sequence[_Tensor]]
+
+
 def _write_weights(
-    folder: pathlib.Path, params: qwen3.Params, dtype_name: str, max_shard_bytes: int
-) -> list[str]:
-    dtype = FLOAT_DTYPES[_CODES[dtype_name]]
-    shards = _shards(_tensors(params), dtype, max_shard_bytes)
-    count = len(shards)
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    files = [SINGLE_FILE] if count == 1 else files
+    folder: pathlib.Path, files: _Files, dtype: np.dtype, check: Callable[[], None]
+) -> None:
+    """Writes all files; `check` comes before each."""
     with concurrent.futures.ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 1))) as pool:
-        for file, shard in zip(files, shards, strict=True):
-            _write_shard(folder / file, shard, dtype, pool)
-    if count > 1:
-        tensors = [tensor for shard in shards for tensor in shard]
-        weight_map = {t.piece.tensor: f for f, s in zip(files, shards, strict=True) for t in s}
-        total = sum(tensor.size(dtype) for tensor in tensors)
+        blocks = _Blocks(pool)
+        for name, tensors in files.items():
+            check()
+            matrices = _matrices(tensors)
+            try:
+                _write_file(folder / name, tensors, matrices, dtype, blocks)
+            except Exception:
+                if jax.process_count() > 1:
+                    _exhaust(matrices)  # the others gather the rest of this file
+                raise
+    if len(files) > 1:
+        weight_map = {t.piece.tensor: name for name, tensors in files.items() for t in tensors}
+        total = sum(tensor.size(dtype) for tensors in files.values() for tensor in tensors)
         index = {
             "metadata": {"total_parameters": total // dtype.itemsize, "total_size": total},
             "weight_map": dict(sorted(weight_map.items())),
         }
         _write_json(folder / INDEX_FILE, index)
-    return files
+
+
+def _help_gathering(files: _Files, check: Callable[[], None]) -> None:
+    """What the other processes do while the first one writes the weights."""
+    for tensors in files.values():
+        check()
+        _exhaust(_matrices(tensors))
+
+
+def _exhaust(matrices: Iterator[np.ndarray]) -> None:
+    collections.deque(matrices, maxlen=0)
 
 
 def _tensors(params: qwen3.Params) -> list[_Tensor]:
     """All tensors to write, layer by layer, as published files are ordered."""
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if not leaf.is_fully_addressable:
-            raise UserError("parameters are spread over several processes; export from one process")
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found += [_Tensor(piece, leaf) for piece in pieces_of(name, leaf.shape)]
     return sorted(found, key=lambda tensor: tensor.piece.stack[:1] or (-1,))
 
 
-def _shards(
-    tensors: Sequence[_Tensor], dtype: np.dtype, max_shard_bytes: int
-) -> list[list[_Tensor]]:
+def _plan_files(tensors: Sequence[_Tensor], dtype: np.dtype, max_shard_bytes: int) -> _Files:
     shards: list[list[_Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -178,14 +207,18 @@ def _shards(
             filled = 0
         shards[-1].append(tensor)
         filled += size
-    return shards
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    count = len(shards)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
-def _write_shard(
+def _write_file(
     path: pathlib.Path,
     tensors: Sequence[_Tensor],
+    matrices: Iterator[np.ndarray],
     dtype: np.dtype,
-    pool: concurrent.futures.Executor,
+    blocks: "_Blocks",
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -205,29 +238,46 @@ def _write_shard(
         file.truncate(data + end)
         for tensor in tensors:
             at = data + header[tensor.piece.tensor]["data_offsets"][0]
-            _write_tensor(file.fileno(), at, tensor, dtype, pool)
+            # Taken in the call, so that it is gone when the next one is made.
+            blocks.write(file.fileno(), at, next(matrices), tensor.piece.transpose, dtype)
 
 
-def _write_tensor(
-    descriptor: int,
-    at: int,
-    tensor: _Tensor,
-    dtype: np.dtype,
-    pool: concurrent.futures.Executor,
-) -> None:
-    matrix = _on_host(tensor)
-    matrix = matrix.T if tensor.piece.transpose else matrix
-    row_bytes = math.prod(matrix.shape[1:]) * dtype.itemsize
+class _Blocks:
+    """Writes matrices in blocks: threads transpose and convert them, one at a time writes.
 
-    def write(first: int) -> None:
-        rows = matrix[first : first + step]
-        block = np.empty(rows.shape, dtype)
-        copy_rows(block, rows)
-        _write_all(descriptor, block, at + first * row_bytes)
+    File systems let one thread write to a file at a time; more would wait for it on the processor.
+    """
 
-    step = max(1, _BLOCK_BYTES // row_bytes)
-    for _ in pool.map(write, range(0, len(matrix), step)):
-        pass  # raises what the thread raised
+    def __init__(self, pool: concurrent.futures.Executor):
+        self._pool = pool
+        self._writing = threading.Lock()
+        self._own = threading.local()  # a buffer for each thread
+
+    def write(
+        self, descriptor: int, at: int, matrix: np.ndarray, transpose: bool, dtype: np.dtype
+    ) -> None:
+        """Writes a matrix `[in, out]` to a place in a file, transposed or not."""
+        matrix = matrix.T if transpose else matrix
+        row_bytes = math.prod(matrix.shape[1:]) * dtype.itemsize
+        step = max(1, _BLOCK_BYTES // row_bytes)
+
+        def write(first: int) -> None:
+            rows = matrix[first : first + step]
+            block = self._buffer(rows.shape, dtype)
+            copy_rows(block, rows)
+            with self._writing:
+                _write_all(descriptor, block, at + first * row_bytes)
+
+        for _ in self._pool.map(write, range(0, len(matrix), step)):
+            pass  # raises what the thread raised
+
+    def _buffer(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Memory of this thread, the same each time: fresh pages cost as much as the copy."""
+        size = math.prod(shape) * dtype.itemsize
+        buffer = getattr(self._own, "buffer", None)
+        if buffer is None or buffer.nbytes < size:
+            buffer = self._own.buffer = np.empty(max(size, _BLOCK_BYTES), np.uint8)
+        return buffer[:size].view(dtype).reshape(shape)
 
 
 def _write_all(descriptor: int, block: np.ndarray, at: int) -> None:
@@ -237,9 +287,43 @@ def _write_all(descriptor: int, block: np.ndarray, at: int) -> None:
         view, at = view[written:], at + written
 
 
-def _on_host(tensor: _Tensor) -> np.ndarray:
-    """The tensor's matrix `[in, out]`: a view where one CPU device holds it, else gathered."""
-    stack, leaf = tensor.piece.stack, tensor.leaf
+# --- from devices to the host ---------------------------------------------------------------------
+
+
+def _matrices(tensors: Sequence[_Tensor]) -> Iterator[np.ndarray]:
+    """The matrices of tensors, one after another, for the first process.
+
+    Parameters that are spread over processes are gathered a layer at a time, all experts of the
+    layer together. All processes take part, in step; the others get empty arrays.
+    """
+    first = is_first_process()
+    for (_, layer), group in itertools.groupby(tensors, lambda t: (id(t.leaf), t.piece.stack[:1])):
+        gathered = None
+        for tensor in group:
+            leaf, stack = tensor.leaf, tensor.piece.stack
+            if not leaf.is_fully_addressable:
+                gathered = _gather(leaf, layer) if gathered is None else gathered
+                leaf, stack = gathered, stack[1:]
+            yield _on_host(leaf, stack) if first else _NOTHING
+
+
+def _gather(leaf: jax.Array, layer: tuple[int, ...]) -> jax.Array:
+    """`leaf[layer]`, whole on a device of this process; takes all processes."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    whole = _replicate(leaf.sharding.mesh)(leaf, layer)
+    return whole.block_until_ready().addressable_data(0)
+
+
+@functools.cache
+def _replicate(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+    return jax.jit(
+        lambda leaf, index: leaf[index],
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def _on_host(leaf: jax.Array, stack: tuple[int, ...]) -> np.ndarray:
+    """`leaf[stack]`, a matrix: a view where one CPU device holds it, else put together."""
     parts: dict[tuple, np.ndarray] = {}
     for shard in leaf.addressable_shards:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True))

@@ -10,14 +10,19 @@ All processes run the same command. Process 0 writes what exists once (configura
 metrics); checkpoints are written by all of them.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from tw_jax.errors import UserError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _AUTOMATIC = "TW_JAX_DISTRIBUTED"
+_REPORT_BYTES = 4096
+_FINE, _USER_ERROR, _BUG = range(3)
 
 
 def join_processes(environ: Mapping[str, str]) -> bool:
@@ -62,3 +67,53 @@ def join_processes(environ: Mapping[str, str]) -> bool:
 def is_first_process() -> bool:
     """Whether this process writes what exists once."""
     return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def led_by_first_process() -> Iterator[Callable[[], None]]:
+    """A block in which the first process does what may fail, and the others go along.
+
+    Where the first process raises, the others raise too, with its message: at the next check, or
+    at the end of the block. So none waits for one that has given up.
+
+    Yields:
+      The check. All processes call it equally often, between things they do together. A first
+      process that fails must still take part in what the others do before their next check.
+
+    Raises:
+      UserError: in the others, where the first process raised one.
+      RuntimeError: in the others, where the first process raised anything else.
+    """
+    if jax.process_count() == 1:
+        yield lambda: None
+        return
+    if not is_first_process():
+        yield _hear_of_failure
+        _hear_of_failure()
+        return
+    try:
+        yield lambda: _tell_others(_FINE, "")
+    except Exception as error:
+        if isinstance(error, UserError):
+            _tell_others(_USER_ERROR, str(error))
+        else:
+            _tell_others(_BUG, f"{type(error).__name__}: {error}")
+        raise
+    _tell_others(_FINE, "")
+
+
+def _tell_others(outcome: int, message: str) -> None:
+    report = np.zeros(_REPORT_BYTES, np.uint8)
+    text = bytes([outcome]) + message.encode()[: _REPORT_BYTES - 1]
+    report[: len(text)] = np.frombuffer(text, np.uint8)
+    multihost_utils.broadcast_one_to_all(report)
+
+
+def _hear_of_failure() -> None:
+    """Raises what the first process tells of."""
+    report = np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(_REPORT_BYTES, np.uint8)))
+    message = report[1:].tobytes().rstrip(b"\0").decode(errors="replace")
+    if report[0] == _USER_ERROR:
+        raise UserError(message)
+    if report[0] == _BUG:
+        raise RuntimeError(f"the first process failed: {message}")

@@ -3,10 +3,13 @@
 import dataclasses
 from typing import Literal
 
+import jax
+
 from tw_jax.config_checks import require_at_least
 from tw_jax.errors import UserError
 from tw_jax.models.config import PRESETS
 from tw_jax.models.export_weights import export_model
+from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.train.run_dir import (
     ModelConfig,
     has_checkpoint,
@@ -46,6 +49,7 @@ class ExportConfig:
       step: checkpoint step; null takes the newest.
       dtype: of the written weights; "same" keeps the run's.
       max_shard_mb: largest weight file in megabytes (1e6 bytes).
+      parallel: how several processes share the model; one process reads it whole.
     """
 
     run_dir: str
@@ -53,6 +57,7 @@ class ExportConfig:
     step: int | None = None
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     max_shard_mb: int = 5000
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         require_at_least(self, max_shard_mb=1)
@@ -77,10 +82,13 @@ def run_import(config: ImportConfig) -> None:
 def run_export(config: ExportConfig) -> None:
     """Writes a run's model as a Hugging Face folder.
 
+    Several processes hold a share of the model each, so none needs room for all of it.
+
     Raises:
       UserError: there is no such run, or `out` exists or cannot be written.
     """
-    model = load_run(config.run_dir, config.step)
+    layout = make_layout(config.parallel) if jax.process_count() > 1 else None
+    model = load_run(config.run_dir, config.step, layout=layout)
     files = export_model(
         config.out,
         model.params,

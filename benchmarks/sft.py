@@ -1,0 +1,98 @@
+"""SFT throughput on plain causal rows against a peer: same shape, weights, rows and optimizer.
+
+The two run as processes that take turns, a block of steps each, on the same processor with the
+same environment. Nothing is recomputed in the backward pass on either side (remat none, the
+default of both), all is float32, and every row is full, so tokens per step are the same.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from benchmarks.blocks import Worker, alternate, summary
+from benchmarks.peers import peer_python
+from tw_jax.models import init_params, preset
+from tw_jax.models.export_weights import export_model
+from tw_jax.tasks.character_tokenizer import load_tokenizer
+
+ROWS, ROW_LEN = 8, 512
+WARM_UP, BLOCKS, STEPS = 4, 24, 2  # the peer compiles its step twice
+CONFIG = preset(
+    "tiny",
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    rope_theta=1_000_000.0,
+    tie_word_embeddings=True,
+)
+OPTIMIZER = {
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def prepare(folder: pathlib.Path) -> None:
+    """Weights as published, token ids that are no control tokens, and settings."""
+    tokenizer = load_tokenizer()
+    export_model(folder / "weights", init_params(CONFIG, 0), CONFIG, tokenizer)
+    rng = np.random.default_rng(0)
+    shape = (WARM_UP + BLOCKS * STEPS, ROWS, ROW_LEN)
+    np.save(folder / "tokens.npy", rng.integers(len(tokenizer), CONFIG.vocab_size, shape, np.int32))
+    (folder / "shape.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
+    (folder / "optimizer.json").write_text(json.dumps(OPTIMIZER))
+
+
+def run(peer: str = "tunix") -> dict[str, Any]:
+    """Medians over alternating blocks."""
+    repository = pathlib.Path(__file__).parents[1]
+    environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(repository)}
+    with tempfile.TemporaryDirectory(prefix="tw_jax_") as name:
+        folder = pathlib.Path(name)
+        prepare(folder)
+        workers = []
+        try:
+            for python, module in (
+                (sys.executable, "benchmarks.sft_worker"),
+                (peer_python(peer), f"benchmarks.peers.{peer}_sft"),
+            ):
+                log = folder / f"{module}.log"
+                workers.append(Worker([python, "-m", module, str(folder)], environ, log))
+            seconds = alternate(workers, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS)
+            ours, theirs = (worker.ask("stop") for worker in workers)
+        finally:
+            for worker in workers:
+                worker.close()
+    our_time, their_time = map(summary, seconds)
+    tokens = ROWS * ROW_LEN
+    apart = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+    return {
+        "ratio": their_time["median_step_s"] / our_time["median_step_s"],
+        "ours_tokens_per_s": tokens / our_time["median_step_s"],
+        "peer_tokens_per_s": tokens / their_time["median_step_s"],
+        "loss_abs_diff": apart[0],
+        "loss_abs_diff_max": max(apart),
+        "losses": {"first": ours["losses"][0], "last": ours["losses"][-1]},
+        "peer": peer,
+        "tokens_per_step": tokens,
+        "steps_each": BLOCKS * STEPS,
+        "steps_per_block": STEPS,
+        "ours": our_time | {"memory": ours["memory"], "versions": ours["versions"]},
+        "theirs": their_time | {"remat": theirs["remat"], "versions": theirs["versions"]},
+        "environment": ENVIRONMENT,
+    }
