@@ -46,6 +46,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "empty prompt": (b'{"prompt": "", "response": "x"}', "empty_field"),
     "empty response": (b'{"prompt": "x", "response": ""}', "empty_field"),
     "half a character": (b'{"prompt": "\\ud800", "response": "x"}', "invalid_unicode"),
+    "unknown characters": (b'{"prompt": "1+\xc3\xa9=", "response": "2"}', "unknown_characters"),
     "never closed": (b'{"prompt": "x", "response": "<Parallel>\\n"}', "unclosed_block"),
     "stray tag": (b'{"prompt": "x", "response": "a</Thread>"}', "unexpected_tag"),
 }
@@ -64,7 +65,7 @@ def test_what_was_written_is_read(tmp_path: pathlib.Path, rejects: Rejects) -> N
     records = [
         TrajectoryRecord(PROBLEM.prompt, PROBLEM.parallel, PROBLEM.answer, "a"),
         TrajectoryRecord(PROBLEM.prompt, PROBLEM.sequential),
-        TrajectoryRecord("é\u2028 <Parallel>", "no tags", id=7),
+        TrajectoryRecord("1 <Parallel>", "no tags", id="é\u2028"),
     ]
     path = tmp_path / "new folder" / "data.jsonl"
     assert write_trajectories(path, records) == 3

@@ -88,6 +88,12 @@ def encode_response(
     return np.asarray([*ids, eos_id], np.int32)
 
 
+def unknown_characters(tokenizer: "Tokenizer", text: str) -> list[str]:
+    """The characters of a text that become the unknown token, in order of appearance."""
+    unknown = tokenizer.unk_token_id
+    return [c for c in dict.fromkeys(text) if unknown in _encode_as_characters(tokenizer, c)]
+
+
 def _encode(tokenizer: "Tokenizer", text: str) -> list[int]:
     """Encodes text, added tokens included."""
     _require_unicode(text)

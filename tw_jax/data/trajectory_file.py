@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tw_jax.data.rejects import Rejects
-from tw_jax.data.text import encode_prompt, encode_response
+from tw_jax.data.text import encode_prompt, encode_response, unknown_characters
 from tw_jax.errors import UserError
 from tw_jax.tasks.task import Split, Task, choose_style
 from tw_jax.trajectory.schema import Schema
@@ -245,6 +245,14 @@ def _trajectory(record: TrajectoryRecord, schema: Schema, tokenizer: "Tokenizer"
     """Encodes and parses one record."""
     prompt = encode_prompt(tokenizer, record.prompt)
     response = encode_response(tokenizer, record.response, schema.eos_id)
+    for name, ids in (("prompt", prompt), ("response", response)):
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            characters = unknown_characters(tokenizer, getattr(record, name))
+            raise _Rejected(
+                "unknown_characters",
+                f"the tokenizer knows no token for {', '.join(map(repr, characters))} "
+                f"in the field {name!r}; take one that does, or leave the line out",
+            )
     tokens = np.concatenate([prompt, response])
     parsed = schema.parse(tokens, len(prompt))
     if isinstance(parsed, Trajectory):

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -224,22 +224,23 @@ def write_json_lines(path: str | os.PathLike[str], values: Sequence[Any]) -> Non
 
 
 def _summary_table(summaries: Mapping[str, StyleSummary]) -> rich.table.Table:
+    """A row per measure, a column per style: narrow enough for any terminal."""
     table = rich.table.Table(box=None, pad_edge=False)
-    table.add_column("style")
-    for name in ("accuracy", "95% interval", "critical path", "total tokens",
-                 "acceleration", "with a block", "format valid", "rollouts"):  # fmt: skip
-        table.add_column(name, justify="right")
-    for style, s in summaries.items():
-        low, high = s.accuracy_interval
-        table.add_row(
-            style,
-            f"{s.accuracy:.1%}",
-            f"{low:.1%} - {high:.1%}",
-            f"{s.critical_path:.1f}",
-            f"{s.total_tokens:.1f}",
-            f"{s.acceleration_ratio:.3f}",
-            f"{s.activation_ratio:.1%}",
-            f"{s.format_valid_rate:.1%}",
-            str(s.n),
-        )
+    table.add_column("")
+    for style in summaries:
+        table.add_column(style, justify="right")
+    for name, cell in _MEASURES:
+        table.add_row(name, *(cell(summary) for summary in summaries.values()))
     return table
+
+
+_MEASURES: tuple[tuple[str, Callable[[StyleSummary], str]], ...] = (
+    ("accuracy", lambda s: f"{s.accuracy:.1%}"),
+    ("95% interval", lambda s: "{:.1%} - {:.1%}".format(*s.accuracy_interval)),
+    ("critical path, tokens", lambda s: f"{s.critical_path:.1f}"),
+    ("total tokens", lambda s: f"{s.total_tokens:.1f}"),
+    ("acceleration", lambda s: f"{s.acceleration_ratio:.3f}"),
+    ("with a block", lambda s: f"{s.activation_ratio:.1%}"),
+    ("format valid", lambda s: f"{s.format_valid_rate:.1%}"),
+    ("rollouts", lambda s: str(s.n)),
+)
