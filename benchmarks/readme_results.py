@@ -21,8 +21,7 @@ def results_block() -> str:
     lines = [
         "`make quickstart` on two CPU cores, 512 held-out problems per style, one column per seed.",
         "The first column is the seed in the config; RL starts from an earlier SFT checkpoint that",
-        "still makes mistakes. Seed 0 had the two cores almost to itself; the other runs shared",
-        "them with other work, which their minutes show.",
+        "still makes mistakes. Other work ran beside all of them, so a quiet machine is quicker.",
         "",
         "| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |",
         "|---|" + "---|" * len(runs),
