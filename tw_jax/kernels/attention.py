@@ -2,13 +2,30 @@
 
 from collections.abc import Callable
 
+from jax.extend import backend as jax_backend
 from jaxtyping import Array, Float, Int32
 
+from tw_jax.kernels.attention_gpu import tree_attention_gpu
 from tw_jax.kernels.attention_xla import tree_attention_xla
 from tw_jax.kernels.tile_plan import Hidden, TilePlan, plan_tiles
 
 # Each backend: (q, k, v, visible_end, hidden, plan) -> out, differentiable in q, k, v.
-_BACKENDS: dict[str, Callable[..., Array]] = {"xla": tree_attention_xla}
+_BACKENDS: dict[str, Callable[..., Array]] = {
+    "xla": tree_attention_xla,
+    "gpu": tree_attention_gpu,
+}
+_BEST = {"cuda": "gpu"}
+
+
+def best_backend(platform: str) -> str:
+    """The backend for devices of a platform, of those in `jax.extend.backend.backends()`."""
+    return _BEST.get(platform, "xla")
+
+
+def _default_platform() -> str:
+    """Platform of the default device; unlike `jax.default_backend()` it tells cuda from rocm."""
+    default = jax_backend.get_backend()
+    return next(name for name, client in jax_backend.backends().items() if client is default)
 
 
 def tree_attention(
@@ -37,7 +54,8 @@ def tree_attention(
         too (`visible_end[j] > j`).
       hidden: `(hidden_start, hidden_end)`, or None where nothing is hidden (depth 0 is the same).
       plan: `plan_tiles(visible_end, hidden)`, built once per batch; built here if absent.
-      backend: one of `xla`; None picks the best one for this platform.
+      backend: `xla`, which runs everywhere, or `gpu`; None picks the best one for this process's
+        default platform.
 
     Returns:
       The attention output, in the dtype of `q`.
@@ -45,7 +63,7 @@ def tree_attention(
     Raises:
       ValueError: unknown backend, heads that do not group, or a plan made for other rows.
     """
-    name = "xla" if backend is None else backend
+    name = best_backend(_default_platform()) if backend is None else backend
     if name not in _BACKENDS:
         raise ValueError(f"no attention backend {name!r}: choose one of {', '.join(_BACKENDS)}")
     rows, q_len, heads, _ = q.shape

@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from tw_jax.kernels.attention_gpu_kernels import Tile, dkv_kernel, dq_kernel, forward_kernel
-from tw_jax.kernels.block_lists import Bounds, BlockLists, full_tiles, lists_by_query, live_tiles
+from tw_jax.kernels.block_lists import BlockLists, Bounds, full_tiles, lists_by_query, live_tiles
 from tw_jax.kernels.residuals import attention_residuals
 from tw_jax.kernels.tile_plan import Hidden, TilePlan
 
@@ -47,14 +47,16 @@ class Launches:
 
     def fit(self, q_len: int, row_len: int) -> "Launches":
         """No tile larger than the smallest one that holds all there is."""
-        return Launches(*(
-            dataclasses.replace(
-                launch,
-                q_tile=min(launch.q_tile, max(_SMALLEST_TILE, pl.next_power_of_2(q_len))),
-                k_tile=min(launch.k_tile, max(_SMALLEST_TILE, pl.next_power_of_2(row_len))),
+        return Launches(
+            *(
+                dataclasses.replace(
+                    launch,
+                    q_tile=min(launch.q_tile, max(_SMALLEST_TILE, pl.next_power_of_2(q_len))),
+                    k_tile=min(launch.k_tile, max(_SMALLEST_TILE, pl.next_power_of_2(row_len))),
+                )
+                for launch in (self.forward, self.dq, self.dkv)
             )
-            for launch in (self.forward, self.dq, self.dkv)
-        ))
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,6 +105,6 @@ def full_tiles(
         begins, ends = (
             bound.reshape(rows, 1, k_blocks, k_tile) for bound in (hidden_start, hidden_stop)
         )
-        overlaps = (jnp.maximum(begins, first[..., None]) < jnp.minimum(ends, stop[..., None]))
+        overlaps = jnp.maximum(begins, first[..., None]) < jnp.minimum(ends, stop[..., None])
         full &= ~overlaps.any(-1)
     return full
