@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.peers import PEERS
 
-BENCHMARKS = ("trie", "train", "sft", "parity", "checkpoint-io")
+BENCHMARKS = ("trie", "train", "sft", "parity", "checkpoint-io", "attention-gpu")
 AGAINST_PEERS = ("sft",)
 
 
