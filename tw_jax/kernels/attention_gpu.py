@@ -134,11 +134,13 @@ def tree_attention_gpu(
     q, k, v = (_pad_tokens(x, extra) for x, extra in ((q, q_extra), (k, k_extra), (v, k_extra)))
     # Padding keys end at 0: nobody sees them.
     end = _pad_tokens(jnp.asarray(visible_end, jnp.int32), k_extra)
-    starts, stops = hidden or ((), ())
-    bounds = tuple(
-        tuple(_pad_tokens(jnp.asarray(bound, jnp.int32), k_extra) for bound in pair)
-        for pair in zip(starts, stops, strict=True)
-    )
+    bounds: Bounds = ()
+    if hidden is not None:
+        start, stop = (jnp.asarray(bound, jnp.int32) for bound in hidden)
+        bounds = tuple(
+            (_pad_tokens(start[depth], k_extra), _pad_tokens(stop[depth], k_extra))
+            for depth in range(start.shape[0])
+        )
     static = _Static(launches, q_len, interpret)
     return _attend(q, k, v, _Mask(plan, end, bounds), static)[:, :q_len]
 

@@ -39,9 +39,12 @@ def lists_by_query(
 ) -> BlockLists:
     """Lists the key blocks of each query block; for the lists by key, swap the last two axes."""
     full = full & live
-    order = jnp.argsort(jnp.where(full, 0, jnp.where(live, 1, 2)), axis=-1, stable=True)
+    inner = live.shape[-1]
+    index = jnp.arange(inner, dtype=jnp.int32)
+    # One integer tells both kind and number, so that sorting needs no second array.
+    ordered = jnp.sort(jnp.where(full, 0, jnp.where(live, inner, 2 * inner)) + index, axis=-1)
     counts = jnp.stack([full.sum(-1, dtype=jnp.int32), live.sum(-1, dtype=jnp.int32)], -1)
-    return BlockLists(order.astype(jnp.int32), counts)
+    return BlockLists(jnp.remainder(ordered, inner), counts)
 
 
 def live_tiles(
