@@ -1,4 +1,19 @@
-"""Tree attention in Pallas for NVIDIA GPUs, by way of Triton."""
+"""Tree attention in Pallas for NVIDIA GPUs, by way of Triton.
+
+Three kernels: forward, dq, and dkv. Each program owns one block of one head of one row, queries or
+keys, and loops over its own list of live tiles; unequal lengths are normal for GPU programs, so no
+compact grid is needed. The lists come from the plan's exact liveness, regrouped into the tiles
+that suit each kernel (`block_lists`). Arrays stay as they are, `[rows, len, heads, dim]`: nothing
+is transposed, only a length that is no multiple of the tile is padded. Memory is that of the
+inputs, outputs and two numbers per query and head, beside the lists.
+
+Inputs are bfloat16, float16 or float32; softmax and sums are float32 always. Products of float32
+inputs are true float32 (Triton's IEEE mode, not TF32), whatever `jax.default_matmul_precision` is.
+
+What is known: values and gradients in Pallas' interpreter, the lowering for CUDA, and that Triton
+and ptxas accept the result (see `_TABLE`). Nothing here has run on a GPU yet: speed is unknown.
+`python -m benchmarks attention-gpu` measures it.
+"""
 
 import dataclasses
 import functools
@@ -76,13 +91,23 @@ class _Mask(NamedTuple):
     bounds: Bounds
 
 
+# By (bytes per number, head dimension up to). Triton 3.9 and its ptxas compiled these kernels for
+# A100 (sm_80) and H100 (sm_90), which gave the three bounds that the choice keeps:
+# - shared memory: at most 140 KiB of the 163 of an A100, 197 of the 227 of an H100. It holds
+#   `stages` copies of what a trip of the loop loads, so larger heads get smaller tiles.
+# - registers: accumulators are tile x dim float32, one for forward and dq, two for dkv, and scores
+#   are a tile more. Few (< 110) bytes per thread are spilled in bfloat16. dkv of 64 x 128, or
+#   forward with half the warps, would spill a thousand.
+# - tensor cores: 64 queries or more let an H100 use its wide (warp-group) products.
+# The smaller of equals is preferred: a tile of 64 x 64 is what the plan lists by default, and
+# larger ones cover more dead pairs. Float32 products run on ordinary cores, unrolled over the whole
+# head: their tiles are bounded by registers alone.
 _TABLE = {
-    # (bytes per number, head dimension up to): launches
-    (2, 64): Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
-    (2, 128): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    (2, 256): Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
-    (4, 64): Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(32, 32, 4, 2)),
-    (4, 128): Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(32, 32, 4, 2)),
+    (2, 64): Launches(Launch(128, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)),
+    (2, 128): Launches(Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 8, 2)),
+    (2, 256): Launches(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(32, 32, 8, 2)),
+    (4, 64): Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
+    (4, 128): Launches(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(16, 32, 8, 2)),
     (4, 256): Launches(Launch(16, 16, 4, 2), Launch(16, 16, 4, 2), Launch(16, 16, 4, 2)),
 }
 
@@ -142,7 +167,8 @@ def tree_attention_gpu(
             for depth in range(start.shape[0])
         )
     static = _Static(launches, q_len, interpret)
-    return _attend(q, k, v, _Mask(plan, end, bounds), static)[:, :q_len]
+    out: Array = _attend(q, k, v, _Mask(plan, end, bounds), static)
+    return out[:, :q_len]
 
 
 def _pad_tokens(x: Array, extra: int) -> Array:
