@@ -140,6 +140,7 @@ def test_dead_tiles_are_not_visited():
         assert np.isfinite(x[:, 2 * TILE :]).all()
 
 
+@pytest.mark.slow
 def test_under_scan_remat_and_grad():
     q, k, v, cotangent = random_inputs()
     end = np.full((ROWS, ROW_LEN), ROW_LEN, np.int32)
