@@ -93,15 +93,15 @@ class _Mask(NamedTuple):
 
 # By (bytes per number, head dimension up to). Triton 3.9 and its ptxas compiled these kernels for
 # A100 (sm_80) and H100 (sm_90), which gave the three bounds that the choice keeps:
-# - shared memory: at most 140 KiB of the 163 of an A100, 197 of the 227 of an H100. It holds
+# - shared memory: at most 137 KiB of the 163 of an A100, 193 of the 227 of an H100. It holds
 #   `stages` copies of what a trip of the loop loads, so larger heads get smaller tiles.
 # - registers: accumulators are tile x dim float32, one for forward and dq, two for dkv, and scores
-#   are a tile more. Few (< 110) bytes per thread are spilled in bfloat16. dkv of 64 x 128, or
-#   forward with half the warps, would spill a thousand.
+#   are a tile more. In bfloat16 at most 108 bytes per thread are spilled on A100, none on H100;
+#   dkv of 64 x 128, or forward with half the warps, would spill a thousand or more.
 # - tensor cores: 64 queries or more let an H100 use its wide (warp-group) products.
 # The smaller of equals is preferred: a tile of 64 x 64 is what the plan lists by default, and
 # larger ones cover more dead pairs. Float32 products run on ordinary cores, unrolled over the whole
-# head: their tiles are bounded by registers alone.
+# head: their tiles are bounded by registers alone (forward at 128 spills 388 bytes on H100).
 _TABLE = {
     (2, 64): Launches(Launch(128, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)),
     (2, 128): Launches(Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 8, 2)),
