@@ -158,12 +158,8 @@ def run_rl(config: RLConfig) -> RLResult:
         layout.check_rows(config.rows, config.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
     model = load_run(config.init_from, config.init_step, layout=layout)
-    source = ModelConfig(
-        config.init_from,
-        schema=model.schema.name,
-        param_dtype=model.config.param_dtype,
-        compute_dtype=model.config.compute_dtype,
-    )
+    dtypes: Any = {n: getattr(model.config, n) for n in ("param_dtype", "compute_dtype")}
+    source = ModelConfig(config.init_from, schema=model.schema.name, **dtypes)
     model, trainable = part(model, config.adapter, source, config.seed, layout)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     task = make_task(config.task)

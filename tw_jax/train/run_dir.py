@@ -340,6 +340,7 @@ def open_run(
         tokenizer=tokenizer,
         schema=make_schema(meta["schema"], tokenizer),
         step=loaded_step,
+        source_step=loaded_step,
         generation_config=json.loads(generation.read_text()) if generation.is_file() else {},
     )
     return OpenedRun(model, adapter_of(meta, config), meta, str(path))
