@@ -27,14 +27,23 @@ def adapter_meta(adapter: Adapter, params: Params) -> dict[str, Any]:
 
 
 def adapter_of(meta: Mapping[str, Any], model: Qwen3Config) -> Adapter | None:
-    """The adapter that a checkpoint holds; None where it holds a whole model."""
+    """The adapter that a checkpoint holds; None where it holds a whole model.
+
+    Raises:
+      UserError: another version of this library wrote it.
+    """
     if meta.get(ADAPTER) is None:
         return None
     settings = {**meta[ADAPTER]}
     control_ids = tuple(settings.pop("control_ids"))
     del settings[_WEIGHTS]
     settings["targets"] = tuple(settings["targets"])
-    return Adapter(AdapterConfig(**settings), model, control_ids)
+    try:
+        return Adapter(AdapterConfig(**settings), model, control_ids)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint's adapter cannot be read ({error}): another version of tw_jax wrote it"
+        ) from error
 
 
 def check_base(meta: Mapping[str, Any], params: Params, run: str, source: str) -> None:
