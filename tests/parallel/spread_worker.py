@@ -133,8 +133,8 @@ def compare(name: str) -> dict[str, Any]:
         "mesh": layout.describe(),
         "loss": [one["loss"], many["loss"]],
         "grad_norm": [one["grad_norm"], many["grad_norm"]],
-        "gradient_rel_diff": _relative(one["gradient"], many["gradient"]),
-        "params_rel_diff": _relative(one["params"], many["params"]),
+        "gradient_rel_diff": relative(one["gradient"], many["gradient"]),
+        "params_rel_diff": relative(one["params"], many["params"]),
         "smallest_share": min(many["shares"]),
         "collectives": count_by_kind(many["program"], layout),
     }
@@ -153,7 +153,7 @@ def count_by_kind(hlo_text: str, layout: Layout) -> dict[str, float]:
     return dict(sorted(counts.items()))
 
 
-def _relative(one, many) -> float:
+def relative(one, many) -> float:
     """Largest difference of any tensor, relative to that tensor's largest value."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)

@@ -87,15 +87,15 @@ def export_model(
         if not is_first_process():
             _help_gathering(files, check)
             return list(files)
-        with _new_folder(pathlib.Path(out)) as folder:
+        with new_folder(pathlib.Path(out)) as folder:
             _write_weights(folder, files, written_dtype, check)
             tokenizer.save_pretrained(str(folder))
             _make_readable_by_transformers_4(folder / "tokenizer_config.json")
             # Version 4 mistrusts the tokenizer of a config.json that does not say who wrote it.
             writer = {"transformers_version": importlib.metadata.version("transformers")}
-            _write_json(folder / "config.json", config_to_hf(config) | tokens | writer)
+            write_json(folder / "config.json", config_to_hf(config) | tokens | writer)
             generation = {**tokens, **(generation_config or {})}
-            _write_json(folder / "generation_config.json", generation)
+            write_json(folder / "generation_config.json", generation)
     return list(files)
 
 
@@ -103,8 +103,12 @@ def export_model(
 
 
 @contextlib.contextmanager
-def _new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder that takes the name `out` when the block ends well, and else vanishes."""
+def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes the name `out` when the block ends well, and else vanishes.
+
+    Raises:
+      UserError: `out` exists or cannot be written.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; remove it or export to another folder")
     partial = out.with_name(f"{out.name}.partial")
@@ -126,10 +130,11 @@ def _make_readable_by_transformers_4(path: pathlib.Path) -> None:
         fields["additional_special_tokens"] = tokens
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write_json(path, fields)
+    write_json(path, fields)
 
 
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object as published folders hold it."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -174,7 +179,7 @@ def _write_weights(
             "metadata": {"total_parameters": total // dtype.itemsize, "total_size": total},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        _write_json(folder / INDEX_FILE, index)
+        write_json(folder / INDEX_FILE, index)
 
 
 def _help_gathering(files: _Files, check: Callable[[], None]) -> None:

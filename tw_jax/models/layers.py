@@ -2,8 +2,9 @@
 
 Axis names, which the caller's sharding rules map to a mesh: "layers" (stacked blocks), "embed" (the
 residual stream), "heads" (query heads times head width), "kv_heads" (the same for keys and
-values), "head_dim", "mlp" (inner feed-forward width), "experts", "vocab" and "norm" (a norm's
-scale); in activations also "batch", "length" and, between layers, "residual_length".
+values), "head_dim", "mlp" (inner feed-forward width), "experts", "vocab", "norm" (a norm's scale)
+and "lora_rank" (of adapters); in activations also "batch", "length" and, between layers,
+"residual_length".
 """
 
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from tw_jax.models.config import Qwen3Config
+from tw_jax.models.matrices import matmul, on_a_mesh
 
 # (activation, names of its axes) -> the same activation, placed: where activations live on a mesh
 # is the caller's business. None stands for an axis of no name.
@@ -31,27 +33,6 @@ def matrix(shape: tuple[int, ...], axes: tuple[str, ...], config: Qwen3Config, r
     init = jax.nn.initializers.normal(config.initializer_range)
     value = init(rngs.params(), shape, jnp.dtype(config.param_dtype))
     return nnx.Param(value, logical_axes=axes)
-
-
-def matmul(
-    x: Float[Array, "*b inner"], kernel: Float[Array, "inner out"]
-) -> Float32[Array, "*b out"]:
-    """`x @ kernel` with inputs in x's dtype, accumulated and returned in float32.
-
-    The float32 result is asked for explicitly: for a bfloat16 one, XLA's CPU backend would convert
-    the inputs to float32 first, at half the speed. Off a mesh the product is made two-dimensional,
-    since for the kernel's gradient that backend would otherwise write transposed copies of the
-    activations (a third of a training step). On a mesh the axes stay apart: they may be sharded.
-    """
-    tokens = x.shape[:-1]
-    if not _on_a_mesh():
-        x = x.reshape(-1, x.shape[-1])
-    out = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-    return out.reshape(*tokens, -1)
-
-
-def _on_a_mesh() -> bool:
-    return not jax.sharding.get_abstract_mesh().empty
 
 
 class RMSNorm(nnx.Module):
@@ -87,10 +68,8 @@ class Linear(nnx.Module):
         over the batch), they round their part to that dtype and then add: in bfloat16 that is half
         the traffic of float32 parts, which XLA would send otherwise.
         """
-        if _on_a_mesh():
-            kernel = self.kernel[...].astype(x.dtype)
-            return jnp.matmul(x, kernel, preferred_element_type=x.dtype)
-        return matmul(x, self.kernel[...]).astype(x.dtype)
+        dtype = x.dtype if on_a_mesh() else jnp.float32
+        return matmul(x, self.kernel.get_value(), dtype).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

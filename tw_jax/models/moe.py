@@ -23,7 +23,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from tw_jax.kernels.grouped_matmul import grouped_matmul
 from tw_jax.models.config import MixtureOfExperts, Qwen3Config
-from tw_jax.models.layers import Linear, matmul, matrix
+from tw_jax.models.layers import Linear, matrix
+from tw_jax.models.matrices import matmul
+from tw_jax.models.quantized import QuantizedMatrix
 
 
 class Routing(NamedTuple):
@@ -150,9 +152,8 @@ class Experts(nnx.Module):
 
     def kernels(self) -> ExpertKernels:
         """The three stacks."""
-        return ExpertKernels(
-            self.gate_proj.kernel[...], self.up_proj.kernel[...], self.down_proj.kernel[...]
-        )
+        stacks = (self.gate_proj, self.up_proj, self.down_proj)
+        return ExpertKernels(*(stack.dense() for stack in stacks))
 
 
 class Stack(nnx.Module):
@@ -166,6 +167,12 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = matrix(shape, axes, config, rngs)
+        self.dtype = config.compute_dtype
+
+    def dense(self) -> Float[Array, "experts inner out"]:
+        """The matrices as arrays: quantised ones in the compute dtype, others as they are."""
+        kernel = self.kernel.get_value()
+        return kernel.dequantized(self.dtype) if isinstance(kernel, QuantizedMatrix) else kernel
 
 
 @jax.tree_util.register_dataclass

@@ -41,9 +41,9 @@ from tw_jax.models.layers import (
     Linear,
     RMSNorm,
     SwiGLU,
-    matmul,
     unplaced,
 )
+from tw_jax.models.matrices import AdaptedMatrix, StoredMatrix, matmul
 from tw_jax.models.moe import ObserveRouter, RunExperts, SparseSwiGLU, all_experts
 from tw_jax.models.remat import Remat, name_layer_input, rematerialised
 from tw_jax.models.rope import rotary_angles, rotate
@@ -213,9 +213,13 @@ class Qwen3(nnx.Module):
         if not isinstance(positions, jax.core.Tracer):
             check_positions(self.config, np.asarray(positions))
         with jax.named_scope("embed"):
-            table = self.embed_tokens.embedding[...]
+            table = self.embed_tokens.embedding.get_value()
             dtype = self.config.compute_dtype
-            x = look_up(table, tokens) if look_up else embedding_rows(table, tokens, dtype)
+            look_up = look_up or (lambda table, tokens: embedding_rows(table, tokens, dtype))
+            if isinstance(table, AdaptedMatrix):
+                x = table.rows(tokens, look_up).astype(dtype)
+            else:
+                x = look_up(table, tokens)
             x = hooks.constrain(x, _RESIDUAL)
         rotation = rotary_angles(positions, self.config)
         block_def, stacked_state = nnx.split(self.layers)
@@ -246,14 +250,14 @@ class Qwen3(nnx.Module):
     def logits(
         self,
         hidden: Float[Array, "*b hidden"],
-        head: Float[Array, "hidden vocab"] | None = None,
+        head: Float[Array, "hidden vocab"] | StoredMatrix | None = None,
     ) -> Float32[Array, "*b vocab"]:
         """Float32 next-token logits; `head` is an optional `head_matrix(params)`."""
         with jax.named_scope("lm_head"):
             if head is None and self.config.tie_word_embeddings:
-                head = self.embed_tokens.embedding[...].T
+                head = self.embed_tokens.embedding.get_value().T
             elif head is None:
-                head = self.lm_head.kernel[...]
+                head = self.lm_head.kernel.get_value()
             return matmul(hidden, head)
 
 
@@ -271,7 +275,7 @@ def unstack_layers(params: Params) -> tuple[Params, ...]:
     return _slices(params["layers"])
 
 
-def head_matrix(params: Params) -> Float[Array, "hidden vocab"]:
+def head_matrix(params: Params) -> Float[Array, "hidden vocab"] | StoredMatrix:
     """The LM head as one `[hidden, vocab]` matrix, tied or not, for `logits(head=...)`."""
     if "lm_head" in params:
         return params["lm_head"]["kernel"]

@@ -45,6 +45,7 @@ class ShardingRules:
       vocab: rows of the vocabulary.
       layers: stacked layers.
       norm: scales of norms.
+      lora_rank: inner width of adapters.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
@@ -59,6 +60,7 @@ class ShardingRules:
     vocab: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
+    lora_rank: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,16 @@ import jax
 from tw_jax.config_checks import require_at_least
 from tw_jax.errors import UserError
 from tw_jax.models.config import PRESETS
+from tw_jax.models.export_adapter import export_adapter
 from tw_jax.models.export_weights import export_model
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
+from tw_jax.train.adapter_record import BASE
 from tw_jax.train.run_dir import (
     ModelConfig,
     has_checkpoint,
     load_run,
     new_model,
+    open_run,
     save_model,
 )
 
@@ -49,6 +52,8 @@ class ExportConfig:
       step: checkpoint step; null takes the newest.
       dtype: of the written weights; "same" keeps the run's.
       max_shard_mb: largest weight file in megabytes (1e6 bytes).
+      adapter: write the run's adapter alone, as the library peft loads it, instead of merging it
+        with its base.
       parallel: how several processes share the model; one process reads it whole.
     """
 
@@ -57,10 +62,13 @@ class ExportConfig:
     step: int | None = None
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     max_shard_mb: int = 5000
+    adapter: bool = False
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         require_at_least(self, max_shard_mb=1)
+        if self.adapter and self.dtype != "same":
+            raise ValueError(f"dtype={self.dtype}: an adapter is written in float32; leave it out")
 
 
 def run_import(config: ImportConfig) -> None:
@@ -80,13 +88,17 @@ def run_import(config: ImportConfig) -> None:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Writes a run's model as a Hugging Face folder.
+    """Writes a run's model as a Hugging Face folder; adapters are merged, or written alone.
 
     Several processes hold a share of the model each, so none needs room for all of it.
 
     Raises:
-      UserError: there is no such run, or `out` exists or cannot be written.
+      UserError: there is no such run, or `out` exists or cannot be written; an adapter is asked for
+        and the run has none.
     """
+    if config.adapter:
+        _export_adapter(config)
+        return
     layout = make_layout(config.parallel) if jax.process_count() > 1 else None
     model = load_run(config.run_dir, config.step, layout=layout)
     files = export_model(
@@ -99,3 +111,20 @@ def run_export(config: ExportConfig) -> None:
         generation_config=model.generation_config,
     )
     print(f"{config.out}: step {model.step} of {config.run_dir} in {len(files)} weight file(s)")
+
+
+def _export_adapter(config: ExportConfig) -> None:
+    if jax.process_count() > 1:
+        raise UserError("adapter=true: an adapter is small; export it from one process")
+    run = open_run(config.run_dir, config.step)
+    if run.adapter is None:
+        raise UserError(
+            f"{config.run_dir}: the run trained the whole model, no adapter; leave adapter=true out"
+        )
+    source = run.meta[BASE]["model"]["source"]
+    base = run.base_params() if run.adapter.config.embeddings == "control" else None
+    model = run.model
+    export_adapter(
+        config.out, model.params, run.adapter, model.tokenizer, base_name=source, base=base
+    )
+    print(f"{config.out}: adapter of step {model.step} of {config.run_dir}, on {source}")

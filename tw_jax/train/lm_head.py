@@ -5,17 +5,20 @@ columns, and its own part of the vocabulary where that is split. The head's grad
 each device in float32, and once, after the loop, it is added up over devices and scattered to them.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from tw_jax.models.layers import matmul
+from tw_jax.models.matrices import AdaptedMatrix, StoredMatrix, matmul
 from tw_jax.parallel.gather import gathered
 from tw_jax.parallel.layout import Layout
 
 
 def head_logprobs(
-    head: Float[Array, "hidden vocab"],
+    head: Float[Array, "hidden vocab"] | StoredMatrix,
     hidden: Float[Array, "rows row_len hidden"],
     targets: Int32[Array, "rows row_len"],
     head_chunk: int,
@@ -35,21 +38,30 @@ def head_logprobs(
     tokens, width = layout.spec(("batch", "length")), layout.spec(("batch", "length", None))
     embed_axes, vocab_axes = layout.mesh_axes(("embed", "vocab"))
 
-    def local(head: Array, hidden: Array, targets: Array) -> Array:
-        head = gathered(head, embed_axes, axis=0)
+    head_spec: Any = layout.spec(("embed", "vocab"))
+    if isinstance(head, AdaptedMatrix):
+        inner, outer = layout.spec(("embed", None)), layout.spec((None, "vocab"))
+        head_spec = dataclasses.replace(head, base=head_spec, a=inner, b=outer)
+
+    def local(head: Any, hidden: Array, targets: Array) -> Array:
+        if isinstance(head, AdaptedMatrix):
+            base, a = (gathered(part, embed_axes, axis=0) for part in (head.base, head.a))
+            head = dataclasses.replace(head, base=base, a=a)
+        else:
+            head = gathered(head, embed_axes, axis=0)
         return _in_chunks(head, hidden, targets, head_chunk, vocab_axes)
 
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(layout.spec(("embed", "vocab")), width, tokens),
+        in_specs=(head_spec, width, tokens),
         out_specs=tokens,
         check_vma=False,
     )(head, hidden, targets)
 
 
 def _in_chunks(
-    head: Float[Array, "hidden vocab"],
+    head: Float[Array, "hidden vocab"] | StoredMatrix,
     hidden: Float[Array, "rows row_len hidden"],
     targets: Int32[Array, "rows row_len"],
     head_chunk: int,

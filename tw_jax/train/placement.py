@@ -7,7 +7,8 @@ import optax
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.config import Qwen3Config
-from tw_jax.models.param_shardings import param_shardings
+from tw_jax.models.lora import Adapter
+from tw_jax.models.param_shardings import adapter_shardings, param_shardings
 from tw_jax.models.qwen3 import Params, abstract_params
 from tw_jax.parallel.layout import Layout
 from tw_jax.train.state import TrainState, init_train_state, state_shardings
@@ -31,7 +32,10 @@ class Placement:
 
 
 def place_run(
-    layout: Layout | None, config: Qwen3Config, optimizer: optax.GradientTransformation
+    layout: Layout | None,
+    config: Qwen3Config,
+    optimizer: optax.GradientTransformation,
+    adapter: Adapter | None = None,
 ) -> Placement:
     """Decides where everything lies, from shapes alone.
 
@@ -39,14 +43,18 @@ def place_run(
       layout: the mesh; None on one device.
       config: the model.
       optimizer: whose state lies as the parameters do.
+      adapter: what is trained of the model; None: all of it.
 
     Raises:
       UserError: a parameter does not divide over the mesh.
     """
     if layout is None:
         return Placement(None, None)
-    params = param_shardings(layout, config)
-    abstract = abstract_state(abstract_params(config), optimizer)
+    if adapter is None:
+        params, shapes = param_shardings(layout, config), abstract_params(config)
+    else:
+        params, shapes = adapter_shardings(layout, adapter), adapter.abstract()
+    abstract = abstract_state(shapes, optimizer)
     return Placement(layout, state_shardings(abstract, params, optimizer, layout.replicated()))
 
 

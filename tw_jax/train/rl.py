@@ -22,6 +22,7 @@ from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
 from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
+from tw_jax.models.lora import AdapterConfig
 from tw_jax.parallel.layout import Layout
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.rewards.grading import Graded, grade
@@ -41,6 +42,7 @@ from tw_jax.train.progress import training_progress
 from tw_jax.train.rl_metrics import merge_sums, reward_term_means, step_metrics
 from tw_jax.train.run_dir import (
     LoadedModel,
+    ModelConfig,
     checkpoint_meta,
     checkpoints_dir,
     load_run,
@@ -49,6 +51,7 @@ from tw_jax.train.run_dir import (
 )
 from tw_jax.train.scoring import token_logprobs
 from tw_jax.train.tracker import TrackerConfig, make_tracker
+from tw_jax.train.trainable import part
 from tw_jax.train.update import MemoryConfig, make_update, policy_sum
 
 
@@ -60,6 +63,8 @@ class RLConfig:
       run_dir: folder of the run; the same folder resumes.
       init_from: folder of the run whose model is improved.
       init_step: checkpoint step of `init_from`; null takes the newest.
+      adapter: train a low-rank adapter on a frozen base, which may be quantised; null trains the
+        whole model.
       seed: of problems and sampling.
       steps: rollout-and-update rounds.
       prompts: problems per step.
@@ -84,6 +89,7 @@ class RLConfig:
     run_dir: str = "runs/rl"
     init_from: str = "runs/sft"
     init_step: int | None = None
+    adapter: AdapterConfig | None = None
     seed: int = 0
     steps: int = 60
     prompts: int = 16
@@ -126,7 +132,7 @@ class RLResult:
     """How a run ended.
 
     Attributes:
-      model: the improved model.
+      model: the improved model; an adapter is not merged (`tw_jax.models.lora.merged`).
       max_logprob_abs_diff: largest sampler-trainer difference of any token in this call.
       seconds: wall time of this call.
       interrupted: the run was stopped by a signal and saved.
@@ -152,17 +158,20 @@ def run_rl(config: RLConfig) -> RLResult:
         layout.check_rows(config.rows, config.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
     model = load_run(config.init_from, config.init_step, layout=layout)
+    dtypes: Any = {n: getattr(model.config, n) for n in ("param_dtype", "compute_dtype")}
+    source = ModelConfig(config.init_from, schema=model.schema.name, **dtypes)
+    model, trainable = part(model, config.adapter, source, config.seed, layout)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     task = make_task(config.task)
     engine = RolloutEngine(model.graphdef, model.schema, config.engine)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    placement = place_run(layout, model.config, optimizer)
+    placement = place_run(layout, model.config, optimizer, trainable.adapter)
     sum_loss = policy_sum(model.graphdef, config.objective, config.memory, layout)
-    update = make_update(sum_loss, optimizer, placement.state)
+    update = make_update(sum_loss, optimizer, placement.state, trainable.assemble)
     score = _scorer(config, model, layout)
 
     # The update donates its state; the reference and the loaded model must survive it.
-    own_params = jax.tree.map(jnp.copy, model.params)
+    own_params = jax.tree.map(jnp.copy, trainable.params)
     state = placed_state(own_params, optimizer, placement)
     reference = model.params if config.objective.kl_coefficient else None
     meta = checkpoint_meta(
@@ -172,7 +181,9 @@ def run_rl(config: RLConfig) -> RLResult:
         task=dataclasses.asdict(config.task),
         prompts=config.prompts,
         group_size=config.group_size,
+        **trainable.settings,
     )
+    saved_meta = meta | trainable.origin
     largest = 0.0
     with (
         Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
@@ -190,7 +201,8 @@ def run_rl(config: RLConfig) -> RLResult:
             saved = start
             while step < config.steps and not interrupt.requested_anywhere():
                 clock = time.monotonic()
-                params = jax.device_put(state.params, jax.devices()[0])
+                current = trainable.model_params(state.params)
+                params = jax.device_put(current, jax.devices()[0])
                 rollouts, graded = _sample(config, model, engine, task, params, step)
                 del params  # a whole copy on a mesh
                 rollout_s = time.monotonic() - clock
@@ -199,11 +211,11 @@ def run_rl(config: RLConfig) -> RLResult:
                 sums: dict[str, float] = {}
                 # Scored before the first update: "old" is the policy that sampled.
                 updates = [
-                    [score(state.params, reference, placement.batch(batch)) for batch in batches]
+                    [score(current, reference, placement.batch(batch)) for batch in batches]
                     for batches in _micro_batches(config, model, rollouts, advantages)
                 ]
                 for batches in updates:
-                    state, update_sums = update(state, batches)
+                    state, update_sums = update(state, batches, trainable.frozen)
                     sums = merge_sums(sums, update_sums)
                 largest = max(largest, sums["max_logprob_abs_diff"])
                 step += 1
@@ -218,15 +230,15 @@ def run_rl(config: RLConfig) -> RLResult:
                 shown = {k: metrics[k] for k in ("reward", "accuracy", "activation_ratio")}
                 progress.update(step, tokens=int(sums["tokens"]), metrics=shown)
                 if step % config.checkpoint_every == 0 or step == config.steps:
-                    checkpointer.save(step, state, data_state=None, meta=meta)
+                    checkpointer.save(step, state, data_state=None, meta=saved_meta)
                     saved = step
             if step > saved:
-                checkpointer.save(step, state, data_state=None, meta=meta)
+                checkpointer.save(step, state, data_state=None, meta=saved_meta)
     if interrupt.requested:
         print(f"Stopped at step {step} and saved. Run the same command again to go on.")
     print(f"{run_dir}: step {step}, checkpoint saved")
     return RLResult(
-        model=dataclasses.replace(model, params=state.params, step=step),
+        model=dataclasses.replace(model, params=trainable.model_params(state.params), step=step),
         max_logprob_abs_diff=largest,
         seconds=time.monotonic() - began,
         interrupted=interrupt.requested,

@@ -26,10 +26,12 @@ from tw_jax.config_checks import require_at_least
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS, Qwen3Config
-from tw_jax.models.param_shardings import param_shardings
+from tw_jax.models.lora import Adapter, merged
+from tw_jax.models.param_shardings import adapter_shardings, base_shardings, param_shardings
 from tw_jax.parallel.layout import Layout
 from tw_jax.parallel.processes import is_first_process
 from tw_jax.tasks.character_tokenizer import TOKENIZER_DIR
+from tw_jax.train.adapter_record import BASE, adapter_of, check_base
 from tw_jax.train.checkpoint import Checkpointer, restore_params
 from tw_jax.train.published import load_published, tokenizer_in
 from tw_jax.train.state import init_train_state
@@ -70,7 +72,18 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run: everything a sampler or trainer needs."""
+    """A model ready to run: everything a sampler or trainer needs.
+
+    Attributes:
+      graphdef: static half of the network.
+      params: its parameters.
+      config: its architecture.
+      tokenizer: with the schema's control tokens.
+      schema: the language of parallel thought.
+      step: training steps behind the parameters.
+      generation_config: settings of generation that came with imported weights.
+      source_step: where they were taken from a run, the step of its checkpoint.
+    """
 
     graphdef: nnx.GraphDef
     params: qwen3.Params
@@ -79,15 +92,19 @@ class LoadedModel:
     schema: Schema
     step: int
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    source_step: int | None = None
 
 
-def new_model(config: ModelConfig, seed: int, layout: Layout | None = None) -> LoadedModel:
+def new_model(
+    config: ModelConfig, seed: int, layout: Layout | None = None, *, source_step: int | None = None
+) -> LoadedModel:
     """The model that a run starts from: random weights, published ones, or those of another run.
 
     Args:
       config: which model.
       seed: of random weights.
       layout: the mesh over which parameters are spread as they are made or read; None: one device.
+      source_step: which checkpoint of a run; None for the newest.
 
     Raises:
       UserError: unknown source or schema, unusable files, or a tokenizer larger than the model's
@@ -96,7 +113,7 @@ def new_model(config: ModelConfig, seed: int, layout: Layout | None = None) -> L
     if config.source in PRESETS:
         return _fresh_model(config, seed, layout)
     if has_checkpoint(config.source):
-        return _model_of_run(config, layout)
+        return _model_of_run(config, layout, source_step)
     if "/" not in config.source and not pathlib.Path(config.source).exists():
         raise UserError(
             f"model.source: {config.source!r} is no preset ({', '.join(PRESETS)}) and no folder "
@@ -147,8 +164,8 @@ def _fresh_model(config: ModelConfig, seed: int, layout: Layout | None) -> Loade
     )
 
 
-def _model_of_run(config: ModelConfig, layout: Layout | None) -> LoadedModel:
-    model = load_run(config.source, layout=layout)
+def _model_of_run(config: ModelConfig, layout: Layout | None, step: int | None) -> LoadedModel:
+    model = load_run(config.source, step, layout=layout)
     if config.tokenizer != "auto" or config.schema != model.schema.name:
         raise UserError(
             f"model.source: the run {config.source} brings its own tokenizer and schema "
@@ -163,6 +180,7 @@ def _model_of_run(config: ModelConfig, layout: Layout | None) -> LoadedModel:
         params=jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), model.params),
         config=architecture,
         step=0,
+        source_step=model.step,
     )
 
 
@@ -214,6 +232,8 @@ def checkpoint_meta(config: Qwen3Config, schema: Schema, **extra: Any) -> dict[s
 def save_model(run_dir: str | pathlib.Path, model: LoadedModel, params: qwen3.Params) -> None:
     """Saves parameters alone as a run of one checkpoint, for `load_run` and `init_from`.
 
+    Adapters are merged.
+
     Raises:
       UserError: the folder cannot be written.
     """
@@ -222,7 +242,7 @@ def save_model(run_dir: str | pathlib.Path, model: LoadedModel, params: qwen3.Pa
     model.tokenizer.save_pretrained(str(path / "tokenizer"))
     if model.generation_config:
         (path / _GENERATION_CONFIG).write_text(json.dumps(dict(model.generation_config), indent=2))
-    state = init_train_state(params, optax.identity())
+    state = init_train_state(merged(params), optax.identity())
     state = dataclasses.replace(state, step=jnp.asarray(model.step, jnp.int32))
     with Checkpointer(checkpoints_dir(path), keep=1) as checkpointer:
         checkpointer.save(model.step, state, meta=checkpoint_meta(model.config, model.schema))
@@ -233,10 +253,63 @@ def load_run(
 ) -> LoadedModel:
     """Loads the model of a run, its newest checkpoint or the given step.
 
+    If the run trained an adapter, its base is found again and the two are merged.
+
     Args:
       run_dir: the run's folder.
       step: which checkpoint; None for the newest.
       layout: the mesh over which the parameters are spread; None: whole on one device.
+
+    Raises:
+      UserError: no such run, no usable checkpoint, or not the base that an adapter was trained on.
+    """
+    run = open_run(run_dir, step, layout=layout)
+    if run.adapter is None:
+        return run.model
+    base = run.adapter.freeze(run.base_params(layout), base_shardings(layout, run.adapter))
+    params = run.adapter.assemble(run.model.params, base)
+    whole = merged(params, param_shardings(layout, run.model.config))
+    return dataclasses.replace(run.model, params=whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """A checkpoint as it lies in a run's folder.
+
+    Attributes:
+      model: the model; its parameters are the adapter's alone where there is one.
+      adapter: None where the run trained a whole model.
+      meta: what the checkpoint says of itself.
+      name: the run's folder.
+    """
+
+    model: LoadedModel
+    adapter: Adapter | None
+    meta: Mapping[str, Any]
+    name: str
+
+    def base_params(self, layout: Layout | None = None) -> qwen3.Params:
+        """Parameters of the model that the adapter was trained on.
+
+        Raises:
+          UserError: it cannot be found, or is not the same any more.
+        """
+        record = self.meta[BASE]
+        source = ModelConfig(**record["model"])
+        try:
+            base = new_model(source, record["seed"], layout, source_step=record["step"])
+        except UserError as error:
+            raise UserError(
+                f"{self.name} holds an adapter; its base {source.source} cannot be loaded: {error}"
+            ) from error
+        check_base(self.meta, base.params, self.name, source.source)
+        return base.params
+
+
+def open_run(
+    run_dir: str | pathlib.Path, step: int | None = None, *, layout: Layout | None = None
+) -> OpenedRun:
+    """Reads a checkpoint of a run, without the base that an adapter needs; see `load_run`.
 
     Raises:
       UserError: no such run, or no usable checkpoint.
@@ -250,18 +323,24 @@ def load_run(
     def architecture(meta: Mapping[str, Any]) -> Qwen3Config:
         return Qwen3Config.from_dict(meta["model"], origin=f"a checkpoint in {path}")
 
-    params, meta, loaded_step = restore_params(
-        checkpoints_dir(path), step, lambda meta: param_shardings(layout, architecture(meta))
-    )
+    def shardings(meta: Mapping[str, Any]) -> qwen3.Params | None:
+        adapter = adapter_of(meta, architecture(meta))
+        if adapter is None:
+            return param_shardings(layout, architecture(meta))
+        return adapter_shardings(layout, adapter)
+
+    params, meta, loaded_step = restore_params(checkpoints_dir(path), step, shardings)
     config = architecture(meta)
     tokenizer = tokenizer_in(path / "tokenizer")
     generation = path / _GENERATION_CONFIG
-    return LoadedModel(
+    model = LoadedModel(
         graphdef=qwen3.graphdef(config),
         params=params,
         config=config,
         tokenizer=tokenizer,
         schema=make_schema(meta["schema"], tokenizer),
         step=loaded_step,
+        source_step=loaded_step,
         generation_config=json.loads(generation.read_text()) if generation.is_file() else {},
     )
+    return OpenedRun(model, adapter_of(meta, config), meta, str(path))

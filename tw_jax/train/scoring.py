@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.expert_parallel import experts_on
+from tw_jax.models.matrices import StoredMatrix
 from tw_jax.models.moe import (
     ObserveRouter,
     RouterLoad,
@@ -138,7 +139,7 @@ def _add_to_carry(
 
 
 def _parent_logprobs(
-    head: Float[Array, "hidden vocab"],
+    head: Float[Array, "hidden vocab"] | StoredMatrix,
     hidden: Float[Array, "rows row_len hidden"],
     batch: PackedBatch,
     head_chunk: int,

@@ -6,6 +6,9 @@
    `checkpoint_every` steps parameters, optimizer and data position are saved.
 4. Started again with the same command, a run goes on from its newest checkpoint with exactly the
    batches and updates that an uninterrupted run would have made.
+
+With an `adapter`, "parameters" are the adapter's alone; the base is an argument of the update that
+is neither differentiated nor donated nor saved (`tw_jax.train.trainable`).
 """
 
 import dataclasses
@@ -26,6 +29,7 @@ from tw_jax.data.packing import LossWeights, WeightedTrie
 from tw_jax.data.pipeline import RandomAccess, packed_batches
 from tw_jax.data.sources import TaskTrajectories, file_trajectories
 from tw_jax.errors import UserError
+from tw_jax.models.lora import AdapterConfig
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Split
@@ -44,6 +48,7 @@ from tw_jax.train.run_dir import (
     write_config,
 )
 from tw_jax.train.tracker import TrackerConfig, make_tracker
+from tw_jax.train.trainable import part
 from tw_jax.train.update import MemoryConfig, make_update, nll_sum
 from tw_jax.trajectory.trajectory import Trajectory
 
@@ -90,6 +95,8 @@ class SFTConfig:
       steps: optimizer updates.
       gradient_accumulation: micro-batches per update.
       model: which model.
+      adapter: train a low-rank adapter on a frozen base, which may be quantised; null trains the
+        whole model.
       task: what is trained when no files are given, and what is evaluated.
       data: see `SFTDataConfig`.
       optimizer: see `OptimizerConfig`.
@@ -107,6 +114,7 @@ class SFTConfig:
     steps: int = 1500
     gradient_accumulation: int = 1
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig | None = None
     task: TaskConfig = TaskConfig()
     data: SFTDataConfig = SFTDataConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -139,7 +147,7 @@ class SFTResult:
     """How a run ended.
 
     Attributes:
-      model: the trained model.
+      model: the trained model; an adapter is not merged (`tw_jax.models.lora.merged`).
       heldout_loss: last held-out loss in nats per token, NaN where none was measured.
       seconds: wall time of this call.
       interrupted: the run was stopped by a signal and saved.
@@ -167,18 +175,22 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
         layout.check_rows(config.data.rows, config.data.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
     model = new_model(config.model, config.seed, layout)
+    model, trainable = part(model, config.adapter, config.model, config.seed, layout)
+    frozen = trainable.frozen
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     batches = iter(training_batches(config, model))
 
     optimizer = make_optimizer(config.optimizer, config.steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
-    placement = place_run(layout, model.config, optimizer)
+    placement = place_run(layout, model.config, optimizer, trainable.adapter)
     sum_loss = nll_sum(model.graphdef, config.memory, layout)
-    update = make_update(sum_loss, optimizer, placement.state)
-    heldout_sums = jax.jit(lambda params, batch: sum_loss(params, batch)[1])
+    update = make_update(sum_loss, optimizer, placement.state, trainable.assemble)
+    heldout_sums = jax.jit(
+        lambda params, batch, frozen: sum_loss(trainable.assemble(params, frozen), batch)[1]
+    )
 
     heldout = [placement.batch(batch) for batch in heldout_batches(config, model)]
-    state = placed_state(model.params, optimizer, placement)
+    state = placed_state(trainable.params, optimizer, placement)
     # A checkpoint goes on only with the data it was trained on; its position means nothing else.
     meta = checkpoint_meta(
         model.config,
@@ -187,6 +199,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
         task=dataclasses.asdict(config.task),
         data=dataclasses.asdict(config.data),
         gradient_accumulation=config.gradient_accumulation,
+        **trainable.settings,
     )
     heldout_loss = float("nan")
     with (
@@ -201,7 +214,8 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
         write_config(run_dir, config)
 
         def save() -> None:
-            checkpointer.save(step, state, data_state=batches.get_state(), meta=meta)
+            saved_meta = meta | trainable.origin
+            checkpointer.save(step, state, data_state=batches.get_state(), meta=saved_meta)
 
         with (
             make_tracker(config.tracker, run_dir, resume_step=step) as tracker,
@@ -212,7 +226,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
                 micro = list(itertools.islice(batches, config.gradient_accumulation))
                 if len(micro) < config.gradient_accumulation:
                     break  # the files are used up
-                state, sums = update(state, [placement.batch(batch) for batch in micro])
+                state, sums = update(state, [placement.batch(batch) for batch in micro], frozen)
                 step += 1
                 tokens_since_log += useful_tokens(micro)
                 if step % config.log_every == 0 or step == config.steps:
@@ -229,14 +243,14 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
                     }
                     tracker.log(step, metrics)
                 if heldout and (step % config.eval_every == 0 or step == config.steps):
-                    heldout_loss = _mean_loss(heldout_sums, state.params, heldout)
+                    heldout_loss = _mean_loss(heldout_sums, state.params, heldout, frozen)
                     tracker.log(step, {"heldout_loss": heldout_loss})
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     save()
                     saved = step
                 for every, hook in hooks:
                     if step % every == 0:
-                        hook(step, state.params)
+                        hook(step, trainable.model_params(state.params))
             if step > saved:
                 save()
     if step == 0:
@@ -253,7 +267,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
         )
     print(f"{run_dir}: step {step}, checkpoint saved")
     return SFTResult(
-        model=dataclasses.replace(model, params=state.params, step=step),
+        model=dataclasses.replace(model, params=trainable.model_params(state.params), step=step),
         heldout_loss=heldout_loss,
         seconds=time.monotonic() - began,
         interrupted=interrupt.requested,
@@ -270,8 +284,8 @@ def useful_tokens(batches: Sequence[PackedBatch]) -> int:
     return sum(b.tokens.size for b in batches) - padding
 
 
-def _mean_loss(sums: Callable, params: Any, batches: Sequence[PackedBatch]) -> float:
-    totals = [sums(params, batch) for batch in batches]
+def _mean_loss(sums: Callable, params: Any, batches: Sequence[PackedBatch], frozen: Any) -> float:
+    totals = [sums(params, batch, frozen) for batch in batches]
     weight = sum(float(t["weight"]) for t in totals)
     return sum(float(t["loss"]) for t in totals) / max(weight, 1e-20)
 

@@ -29,6 +29,9 @@ from tw_jax.train.objective import ObjectiveConfig, policy_loss
 from tw_jax.train.scoring import Scores, score_tokens
 from tw_jax.train.state import TrainState, apply_gradients
 
+# (what is trained, what is not) -> the parameters of a forward pass; see `tw_jax.train.trainable`.
+Assemble = Callable[[Params, Params | None], Params]
+
 # (params, batch) -> (weighted sum of losses, metric sums); "weight" must be among the sums, and
 # keys that begin with "max_" are combined by maximum.
 SumLoss = Callable[[Params, PackedBatch], tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]]
@@ -115,21 +118,27 @@ class Update:
     """The compiled pieces of an update; call it with a state and its micro-batches.
 
     Attributes:
-      whole: `(state, batch) -> (state, metrics)`, the update of a single micro-batch in one go.
-      first: `(params, batch) -> (gradients, sums)` of the first of several micro-batches.
-      accumulate: `(params, (gradients, sums), batch)`, the same with a further one added.
+      whole: `(state, batch, frozen) -> (state, metrics)`, the update of a single micro-batch in one
+        go.
+      first: `(params, batch, frozen) -> (gradients, sums)` of the first of several micro-batches.
+      accumulate: `(params, (gradients, sums), batch, frozen)`, the same with a further one added.
       apply: `(state, gradients, weight) -> (state, metrics)`, the optimizer's part.
     """
 
-    whole: Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, Array]]]
-    first: Callable[[Params, PackedBatch], tuple[Params, dict[str, Array]]]
-    accumulate: Callable[[Params, Any, PackedBatch], tuple[Params, dict[str, Array]]]
+    whole: Callable[..., tuple[TrainState, dict[str, Array]]]
+    first: Callable[..., tuple[Params, dict[str, Array]]]
+    accumulate: Callable[..., tuple[Params, dict[str, Array]]]
     apply: Callable[[TrainState, Params, Array], tuple[TrainState, dict[str, Array]]]
 
     def __call__(
-        self, state: TrainState, batches: Iterable[PackedBatch]
+        self, state: TrainState, batches: Iterable[PackedBatch], frozen: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         """Makes one update; the state is donated.
+
+        Args:
+          state: the state before it.
+          batches: its micro-batches.
+          frozen: what is not trained, if anything; neither donated nor differentiated.
 
         Returns:
           The next state, and the sums of the loss over all micro-batches (not yet divided) with
@@ -142,10 +151,10 @@ class Update:
         if not batches:
             raise ValueError("an update needs at least one micro-batch")
         if len(batches) == 1:
-            return self.whole(state, batches[0])
-        total = self.first(state.params, batches[0])
+            return self.whole(state, batches[0], frozen)
+        total = self.first(state.params, batches[0], frozen)
         for batch in batches[1:]:
-            total = self.accumulate(state.params, total, batch)
+            total = self.accumulate(state.params, total, batch, frozen)
         grads, sums = total
         state, applied = self.apply(state, grads, sums["weight"])
         return state, {**sums, **applied}
@@ -155,6 +164,7 @@ def make_update(
     sum_loss: SumLoss,
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
+    assemble: Assemble = lambda params, frozen: params,
 ) -> Update:
     """Compiles the update.
 
@@ -163,12 +173,16 @@ def make_update(
       optimizer: turns mean gradients into updates.
       shardings: how the train state lies on a mesh (`state_shardings`); gradients lie as their
         parameters do. None on one device.
+      assemble: makes the model's parameters of what is trained and what is frozen.
     """
     placed = None if shardings is None else (shardings, None)
     placed_grads = None if shardings is None else (shardings.params, None)
 
-    def gradient(params: Params, batch: PackedBatch):
-        grads, sums = jax.grad(sum_loss, has_aux=True)(params, batch)
+    def gradient(params: Params, batch: PackedBatch, frozen: Params | None):
+        def loss(params: Params):
+            return sum_loss(assemble(params, frozen), batch)
+
+        grads, sums = jax.grad(loss, has_aux=True)(params)
         if shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         return grads, sums
@@ -178,18 +192,18 @@ def make_update(
         return apply_gradients(state, mean, optimizer)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=placed)
-    def whole(state: TrainState, batch: PackedBatch):
-        grads, sums = gradient(state.params, batch)
+    def whole(state: TrainState, batch: PackedBatch, frozen: Params | None = None):
+        grads, sums = gradient(state.params, batch, frozen)
         state, applied = apply_mean(state, grads, sums["weight"])
         return state, {**sums, **applied}
 
     @functools.partial(jax.jit, out_shardings=placed_grads)
-    def first(params: Params, batch: PackedBatch):
-        return gradient(params, batch)
+    def first(params: Params, batch: PackedBatch, frozen: Params | None = None):
+        return gradient(params, batch, frozen)
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=placed_grads)
-    def accumulate(params: Params, so_far: Any, batch: PackedBatch):
-        grads, sums = gradient(params, batch)
+    def accumulate(params: Params, so_far: Any, batch: PackedBatch, frozen: Params | None = None):
+        grads, sums = gradient(params, batch, frozen)
         return (
             jax.tree.map(jnp.add, so_far[0], grads),
             {
