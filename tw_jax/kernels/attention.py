@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 
+import jax
 from jaxtyping import Array, Float, Int32
 
+from tw_jax.kernels.attention_tpu import tree_attention_tpu
 from tw_jax.kernels.attention_xla import tree_attention_xla
 from tw_jax.kernels.tile_plan import Hidden, TilePlan, plan_tiles
 
 # Each backend: (q, k, v, visible_end, hidden, plan) -> out, differentiable in q, k, v.
-_BACKENDS: dict[str, Callable[..., Array]] = {"xla": tree_attention_xla}
+_BACKENDS: dict[str, Callable[..., Array]] = {
+    "xla": tree_attention_xla,
+    "tpu": tree_attention_tpu,
+}
+
+
+def best_backend(platform: str) -> str:
+    """The backend for devices of a platform (`jax.Device.platform`)."""
+    return platform if platform in _BACKENDS else "xla"
 
 
 def tree_attention(
@@ -36,16 +46,19 @@ def tree_attention(
       visible_end: exclusive end of each key's visibility; every token must see itself, padding
         too (`visible_end[j] > j`).
       hidden: `(hidden_start, hidden_end)`, or None where nothing is hidden (depth 0 is the same).
-      plan: `plan_tiles(visible_end, hidden)`, built once per batch; built here if absent.
-      backend: one of `xla`; None picks the best one for this platform.
+      plan: `plan_tiles(visible_end, hidden, backend=..., group=...)`, built once per batch; built
+        here if absent.
+      backend: `xla` or `tpu`; None is the one that the plan was made for, or without a plan the
+        best one for this process's default platform.
 
     Returns:
       The attention output, in the dtype of `q`.
 
     Raises:
-      ValueError: unknown backend, heads that do not group, or a plan made for other rows.
+      ValueError: unknown backend, heads that do not group, or a plan made for other rows or for
+        another backend.
     """
-    name = "xla" if backend is None else backend
+    name = backend or (best_backend(jax.default_backend()) if plan is None else plan.backend)
     if name not in _BACKENDS:
         raise ValueError(f"no attention backend {name!r}: choose one of {', '.join(_BACKENDS)}")
     rows, q_len, heads, _ = q.shape
@@ -55,7 +68,9 @@ def tree_attention(
     if hidden is not None and hidden[0].shape[0] == 0:
         hidden = None
     if plan is None:
-        plan = plan_tiles(visible_end, hidden)
+        plan = plan_tiles(visible_end, hidden, backend=name, group=heads // k.shape[2])
+    if plan.backend != name:
+        raise ValueError(f"the plan is for the backend {plan.backend!r}, not for {name!r}")
     widest = max(plan.q_tile, plan.k_tile)
     padded_len = -(-row_len // widest) * widest
     padded_q_len = padded_len if q_len == row_len else q_len

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.errors import UserError
-from tw_jax.kernels.tile_plan import default_tile
+from tw_jax.kernels.tile_sizes import default_tile
 from tw_jax.models import graphdef
 from tw_jax.models.config import Qwen3Config, preset
 from tw_jax.models.qwen3 import abstract_params, param_axes
