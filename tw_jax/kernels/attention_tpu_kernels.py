@@ -123,9 +123,7 @@ def _dot(
     """`a @ b^T`, or `a @ b`, in float32; not rounded to bfloat16 on the way where it is not."""
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _mix(weights: Float32[Array, "m n"], values: Float[Array, "n dim"]) -> Float32[Array, "m dim"]:
