@@ -14,11 +14,12 @@ _BACKENDS: dict[str, Callable[..., Array]] = {
     "xla": tree_attention_xla,
     "tpu": tree_attention_tpu,
 }
+_BEST = {"tpu": "tpu"}
 
 
 def best_backend(platform: str) -> str:
     """The backend for devices of a platform (`jax.Device.platform`)."""
-    return platform if platform in _BACKENDS else "xla"
+    return _BEST.get(platform, "xla")
 
 
 def tree_attention(

@@ -37,6 +37,9 @@ from tw_jax.kernels.tile_plan import Hidden, TilePlan, pad_tokens
 # Of the scalar memory of a core, 1 MiB; the rest is the compiler's.
 _SCALAR_BYTES = 1_000_000
 _LANES = 128
+# Wide heads in float32 do not fit into the compiler's default share of on-chip memory, 16 MiB on
+# most chips; these all have 64 MiB or more.
+_WIDE_HEAD_BYTES, _WIDE_VMEM_BYTES = 512, 48 * 2**20
 # Rows of a 32-bit register: the least that can be transposed.
 _SUBLANES = 8
 
@@ -243,7 +246,12 @@ class _Call:
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
             input_output_aliases={2 + len(inputs) + i: i for i in range(len(initial))},
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=_WIDE_VMEM_BYTES
+                if self.dim * inputs[0].dtype.itemsize > _WIDE_HEAD_BYTES
+                else None,
+            ),
             cost_estimate=self._cost(inputs, products),
             # For readers of the compiled program, who know better how many tiles are live.
             metadata={

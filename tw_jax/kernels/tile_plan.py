@@ -39,7 +39,7 @@ class TilePlan:
       q_len: queries per row that the plan covers, rounded up to whole tiles.
       backend: the backend that it was made for.
       by_key: `(q_block, k_block)` of the same tiles ordered by (row, key block, query block), for
-        backends that sum the gradients of one key block after another; None for `xla`.
+        backends that sum the gradients of one key block after another (`tpu`); else None.
     """
 
     count: Int32[Array, ""]
@@ -134,7 +134,7 @@ def plan_tiles(
 
     q_block, k_block = blocks(*jnp.nonzero(live, size=capacity, fill_value=0))
     by_key = None
-    if backend != "xla":
+    if backend == "tpu":
         row, k, q = jnp.nonzero(live.swapaxes(1, 2), size=capacity, fill_value=0)
         by_key = blocks(row, q, k)
     return TilePlan(
