@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -246,6 +247,14 @@ def test_large_heads_are_refused_with_a_remedy():
         default_launches(64, jnp.float64)
 
 
-def test_the_best_backend_of_a_platform():
-    assert best_backend("cuda") == "gpu"
-    assert best_backend("cpu") == best_backend("rocm") == "xla"
+@pytest.mark.parametrize(
+    "platform, client, best",
+    [("gpu", "cuda", "gpu"), ("gpu", "rocm", "xla"), ("cpu", "cpu", "xla"), ("tpu", "tpu", "tpu")],
+)
+def test_the_best_backend_of_a_device(platform, client, best):
+    device = types.SimpleNamespace(platform=platform, client=types.SimpleNamespace(platform=client))
+    assert best_backend(device) == best
+
+
+def test_the_best_backend_here_is_that_of_cpu():
+    assert best_backend(jax.devices("cpu")[0]) == "xla"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.forests import random_forests, random_hidden
 from tests.kernels.dense_oracle import dense_attention, dense_mask
 from tw_jax.kernels import plan_tiles, tree_attention
-from tw_jax.kernels.tile_plan import default_tile
+from tw_jax.kernels.tile_sizes import default_tile
 
 ROWS, ROW_LEN, TILE = 2, 75, 16  # the length is no multiple of the tile
 HEADS, KV_HEADS, DIM = 4, 2, 8

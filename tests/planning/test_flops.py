@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.kernels import plan_tiles, tree_attention
 from tw_jax.models import graphdef, init_params
 from tw_jax.models.config import preset
 from tw_jax.planning.flops import clean_scope, count_flops
@@ -104,6 +105,21 @@ def test_ragged_products_and_convolutions():
     text = jax.jit(convolve).lower(image, kernel).compile().as_text()
     assert text is not None
     assert count(convolve, image, kernel).total == ProgramCost(parse_hlo(text)).flops
+
+
+def test_kernels_count_once_per_point_of_their_grid():
+    def attend(q, k, v, end):
+        plan = plan_tiles(end, backend="tpu", group=2, q_tile=64, k_tile=128)
+        return tree_attention(q, k, v, end, plan=plan).astype(jnp.float32).sum()
+
+    q, kv = (jax.ShapeDtypeStruct((2, 512, h, 64), jnp.bfloat16) for h in (6, 3))
+    end = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+    found = count(jax.grad(attend, (0, 1, 2)), q, kv, kv, end, tree_attention=5.0)
+    # Of each of three key heads and five live tiles; forward 2 products, backward 3 and 4.
+    product = 3 * 5 * 2 * (2 * 64) * 128 * 64
+    assert found.within("tree_attention_forward") == 2 * product
+    assert found.within("tree_attention_backward") == 7 * product
+    assert found.total == 9 * product
 
 
 def test_scope_names():

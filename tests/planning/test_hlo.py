@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from tw_jax.planning.hlo import array_types, parse_hlo
+from tw_jax.planning.hlo_bytes import memory_bytes
 from tw_jax.planning.hlo_cost import ProgramCost
 
 COMPILED = pathlib.Path(__file__).parent / "compiled"
@@ -83,6 +84,28 @@ def test_data_dependent_loops_take_the_callers_count_for_their_scope():
     assert cost.flops == 5 * 2 * 16**3  # the other loop does no such work
     unknown = ProgramCost(cost.module)
     assert unknown.flops != unknown.flops  # NaN: nobody said how often
+
+
+# As the TPU compiler writes it: the metadata of a kernel takes several lines.
+KERNEL = """HloModule jit_run, num_partitions=1
+ENTRY %main (q: f32[128,32], n: s32[]) -> f32[128,32] {
+  %n = s32[] parameter(1)
+  %q = f32[128,32]{1,0} parameter(0)
+  ROOT %attend.1 = f32[128,32]{1,0} custom-call(%n, %q), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"bytes_per_tile":"700",
+"flops_per_tile":"5000"
+}}, metadata={op_name="jit(run)/jvp(attention)/attend/pallas_call" stack_frame_id=26}
+}
+"""
+
+
+def test_kernels_cost_what_they_say_times_the_callers_tiles():
+    cost = ProgramCost(parse_hlo(KERNEL), {"attend": 3.0})
+    assert cost.flops == 3 * 5000
+    assert memory_bytes(cost) == 4 + 2 * 128 * 32 * 4 + 3 * 700
+    unknown = ProgramCost(parse_hlo(KERNEL)).flops
+    assert unknown != unknown
 
 
 def test_the_most_expensive_branch_counts():

@@ -109,11 +109,12 @@ def test_cached_results_belong_to_settings_and_versions():
 
 def test_visible_share_of_the_tiles():
     config = load_config(PlanConfig, None, ["row_len=40960"])
-    assert live_tiles(config, 2) == 2 * 640 * 641 / 2
+    assert live_tiles(config, 2, (64, 64)) == 2 * 640 * 641 / 2
+    assert live_tiles(config, 1, (256, 512)) == 2 * 80 * 81 / 2
     sparse = dataclasses.replace(config, visible=0.25)
-    assert live_tiles(sparse, 2) == live_tiles(config, 2) / 4
+    assert live_tiles(sparse, 2, (64, 64)) == live_tiles(config, 2, (64, 64)) / 4
     # Every query block meets at least its own keys.
-    assert live_tiles(dataclasses.replace(config, visible=1e-6), 2) == 2 * 640
+    assert live_tiles(dataclasses.replace(config, visible=1e-6), 2, (64, 64)) == 2 * 640
 
 
 def test_search_candidates_divide_the_model():

@@ -2,30 +2,28 @@
 
 from collections.abc import Callable
 
-from jax.extend import backend as jax_backend
+import jax
 from jaxtyping import Array, Float, Int32
 
 from tw_jax.kernels.attention_gpu import tree_attention_gpu
+from tw_jax.kernels.attention_tpu import tree_attention_tpu
 from tw_jax.kernels.attention_xla import tree_attention_xla
 from tw_jax.kernels.tile_plan import Hidden, TilePlan, plan_tiles
 
 # Each backend: (q, k, v, visible_end, hidden, plan) -> out, differentiable in q, k, v.
 _BACKENDS: dict[str, Callable[..., Array]] = {
     "xla": tree_attention_xla,
+    "tpu": tree_attention_tpu,
     "gpu": tree_attention_gpu,
 }
-_BEST = {"cuda": "gpu"}
+_BEST = {"tpu": "tpu", "cuda": "gpu"}
 
 
-def best_backend(platform: str) -> str:
-    """The backend for devices of a platform, of those in `jax.extend.backend.backends()`."""
+def best_backend(device: jax.Device) -> str:
+    """The backend for a device, or for one of a topology that is only described."""
+    # A GPU's `platform` does not tell CUDA from ROCm.
+    platform = device.client.platform if device.platform == "gpu" else device.platform
     return _BEST.get(platform, "xla")
-
-
-def _default_platform() -> str:
-    """Platform of the default device; unlike `jax.default_backend()` it tells cuda from rocm."""
-    default = jax_backend.get_backend()
-    return next(name for name, client in jax_backend.backends().items() if client is default)
 
 
 def tree_attention(
@@ -53,17 +51,19 @@ def tree_attention(
       visible_end: exclusive end of each key's visibility; every token must see itself, padding
         too (`visible_end[j] > j`).
       hidden: `(hidden_start, hidden_end)`, or None where nothing is hidden (depth 0 is the same).
-      plan: `plan_tiles(visible_end, hidden)`, built once per batch; built here if absent.
-      backend: `xla`, which runs everywhere, or `gpu`; None picks the best one for this process's
-        default platform.
+      plan: `plan_tiles(visible_end, hidden, backend=..., group=...)`, built once per batch; built
+        here if absent.
+      backend: `xla`, which runs everywhere, `tpu` or `gpu`; None is the one that the plan was made
+        for, or without a plan the best one for this process's default device.
 
     Returns:
       The attention output, in the dtype of `q`.
 
     Raises:
-      ValueError: unknown backend, heads that do not group, or a plan made for other rows.
+      ValueError: unknown backend, heads that do not group, or a plan made for other rows, or for
+        `tpu` one that was made for another backend.
     """
-    name = best_backend(_default_platform()) if backend is None else backend
+    name = backend or (best_backend(jax.devices()[0]) if plan is None else plan.backend)
     if name not in _BACKENDS:
         raise ValueError(f"no attention backend {name!r}: choose one of {', '.join(_BACKENDS)}")
     rows, q_len, heads, _ = q.shape
@@ -73,7 +73,12 @@ def tree_attention(
     if hidden is not None and hidden[0].shape[0] == 0:
         hidden = None
     if plan is None:
-        plan = plan_tiles(visible_end, hidden)
+        plan = plan_tiles(visible_end, hidden, backend=name, group=heads // k.shape[2])
+    if name == "tpu" and plan.by_key is None:
+        raise ValueError(
+            f"the plan is for the backend {plan.backend!r}, and 'tpu' needs one of its own: "
+            "plan_tiles(..., backend='tpu')"
+        )
     widest = max(plan.q_tile, plan.k_tile)
     padded_len = -(-row_len // widest) * widest
     padded_q_len = padded_len if q_len == row_len else q_len

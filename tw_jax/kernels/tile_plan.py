@@ -13,12 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-Hidden = tuple[Int32[Array, "depth rows len"], Int32[Array, "depth rows len"]]
+from tw_jax.kernels.tile_sizes import tile_sizes
 
-# The fastest of 32, 64, 128 and 256 on CPU, for packed rows of 512 to 4096 tokens:
-# larger tiles are no faster per pair there, being compute-bound, and cover more dead pairs.
-_DEFAULT_TILE = 64
-_SMALLEST_TILE = 16
+Hidden = tuple[Int32[Array, "depth rows len"], Int32[Array, "depth rows len"]]
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +37,9 @@ class TilePlan:
       rows: rows of the batch that was planned.
       padded_len: row length rounded up to whole tiles.
       q_len: queries per row that the plan covers, rounded up to whole tiles.
+      backend: the backend that it was made for.
+      by_key: `(q_block, k_block)` of the same tiles ordered by (row, key block, query block), for
+        backends that sum the gradients of one key block after another (`tpu`); else None.
     """
 
     count: Int32[Array, ""]
@@ -51,14 +51,8 @@ class TilePlan:
     rows: int = dataclasses.field(metadata={"static": True})
     padded_len: int = dataclasses.field(metadata={"static": True})
     q_len: int = dataclasses.field(metadata={"static": True})
-
-
-def default_tile(row_len: int) -> int:
-    """Tile edge for rows of this length: 64, or less where one smaller tile holds the row."""
-    tile = _SMALLEST_TILE
-    while tile < min(row_len, _DEFAULT_TILE):
-        tile *= 2
-    return tile
+    backend: str = dataclasses.field(default="xla", metadata={"static": True})
+    by_key: tuple[Int32[Array, "capacity"], Int32[Array, "capacity"]] | None = None
 
 
 def pad_tokens(visible_end: Int32[Array, "rows len"], padded_len: int) -> Int32[Array, "rows new"]:
@@ -73,6 +67,8 @@ def plan_tiles(
     visible_end: Int32[Array, "rows len"],
     hidden: Hidden | None = None,
     *,
+    backend: str = "xla",
+    group: int = 1,
     q_tile: int | None = None,
     k_tile: int | None = None,
     q_start: int | Int32[Array, ""] = 0,
@@ -88,7 +84,9 @@ def plan_tiles(
         (`visible_end[j] > j`), padding included. So each query block meets its diagonal tile.
       hidden: `(hidden_start, hidden_end)`; key j is not visible to
         `hidden_start[d, j] <= i < hidden_end[d, j]` for any d. Must not hide a token from itself.
-      q_tile: queries per tile; by default chosen from the row length.
+      backend: the backend of `tree_attention` that will follow the plan.
+      group: query heads per key head; some backends choose their tiles by it.
+      q_tile: queries per tile; by default what suits backend, row length and group.
       k_tile: keys per tile; like `q_tile`. One must be a multiple of the other.
       q_start: plan only for the queries from this index of every row on; may be traced (the part
         of a device under `shard_map`).
@@ -101,8 +99,9 @@ def plan_tiles(
       ValueError: neither tile edge divides the other, or `q_len` is not whole tiles.
     """
     rows, row_len = visible_end.shape
-    q_tile = q_tile or default_tile(row_len if q_len is None else q_len)
-    k_tile = k_tile or default_tile(row_len)
+    if q_tile is None or k_tile is None:
+        sizes = tile_sizes(backend, row_len=row_len, q_len=q_len, group=group)
+        q_tile, k_tile = q_tile or sizes[0], k_tile or sizes[1]
     if max(q_tile, k_tile) % min(q_tile, k_tile):
         raise ValueError(f"q_tile={q_tile}, k_tile={k_tile}: one must be a multiple of the other")
     padded_len = -(-row_len // max(q_tile, k_tile)) * max(q_tile, k_tile)
@@ -127,17 +126,29 @@ def plan_tiles(
     # Where the queries' place is known only at run time, every tile might be reachable.
     most = reachable.size if isinstance(reachable, jax.Array) else int(reachable.sum())
     capacity = rows * most
-    row, q_index, k_index = jnp.nonzero(live, size=capacity, fill_value=0)
+
+    def blocks(row, q_index, k_index) -> tuple[Array, Array]:
+        """Numbers of blocks through the batch."""
+        q_block, k_block = row * len(q_starts) + q_index, row * len(k_starts) + k_index
+        return q_block.astype(jnp.int32), k_block.astype(jnp.int32)
+
+    q_block, k_block = blocks(*jnp.nonzero(live, size=capacity, fill_value=0))
+    by_key = None
+    if backend == "tpu":
+        row, k, q = jnp.nonzero(live.swapaxes(1, 2), size=capacity, fill_value=0)
+        by_key = blocks(row, q, k)
     return TilePlan(
         count=live.sum(dtype=jnp.int32),
-        q_block=(row * len(q_starts) + q_index).astype(jnp.int32),
-        k_block=(row * len(k_starts) + k_index).astype(jnp.int32),
+        q_block=q_block,
+        k_block=k_block,
         q_start=jnp.asarray(q_start, jnp.int32),
         q_tile=q_tile,
         k_tile=k_tile,
         rows=rows,
         padded_len=padded_len,
         q_len=q_len,
+        backend=backend,
+        by_key=by_key,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from tw_jax.kernels.attention import tree_attention
+from tw_jax.kernels.attention import best_backend, tree_attention
 from tw_jax.kernels.tile_plan import Hidden, TilePlan, plan_tiles
 from tw_jax.parallel.layout import Layout
 
@@ -23,8 +23,26 @@ _Q = ("batch", "length", "heads", None)
 _KV = ("batch", "length", "kv_heads", None)
 
 
+def backend_on(layout: Layout | None, choice: str = "auto") -> str:
+    """The backend of `tree_attention`: the choice, or for `auto` the best one for the devices.
+
+    With a layout those are its mesh's devices, which need not exist: a program may be compiled
+    ahead of time for a TPU on a machine that has none.
+    """
+    if choice != "auto":
+        return choice
+    if layout is None:
+        return best_backend(jax.devices()[0])
+    return best_backend(layout.mesh.devices.flat[0])
+
+
 def plan_tiles_on(
-    layout: Layout | None, visible_end: Int32[Array, "rows len"], hidden: Hidden | None
+    layout: Layout | None,
+    visible_end: Int32[Array, "rows len"],
+    hidden: Hidden | None,
+    *,
+    backend: str,
+    group: int,
 ) -> TilePlan:
     """`plan_tiles` for every device's part of the batch; without a layout, for all of it.
 
@@ -32,13 +50,15 @@ def plan_tiles_on(
     those of one device.
     """
     if layout is None:
-        return plan_tiles(visible_end, hidden)
+        return plan_tiles(visible_end, hidden, backend=backend, group=group)
     parts = layout.size("length")
 
     def local(end: Array, bounds: tuple[Array, ...]) -> TilePlan:
         q_len = end.shape[1] // parts if parts > 1 else None
         start = _query_start(layout, end.shape[1])
-        plan = plan_tiles(end, _hidden(bounds), q_start=start, q_len=q_len)
+        plan = plan_tiles(
+            end, _hidden(bounds), backend=backend, group=group, q_start=start, q_len=q_len
+        )
         return jax.tree.map(lambda leaf: jnp.atleast_1d(leaf), plan)
 
     return jax.shard_map(
@@ -59,7 +79,10 @@ def tree_attention_on(
     hidden: Hidden | None,
     plan: TilePlan,
 ) -> Float[Array, "rows len heads dim"]:
-    """`tree_attention` spread over the mesh; `plan` comes from `plan_tiles_on` of this layout."""
+    """`tree_attention` spread over the mesh; `plan` comes from `plan_tiles_on` of this layout.
+
+    The backend is the plan's.
+    """
     if layout is None:
         return tree_attention(q, k, v, visible_end, hidden, plan=plan)
 

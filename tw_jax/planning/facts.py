@@ -18,6 +18,7 @@ class ProgramFacts:
       traced_flops: work of all devices, counted before compilation.
       compiled_flops: work of one device, read from the compiled program; 0 if there is none.
       attention_flops: the part of `traced_flops` in tree attention.
+      attention: backend of tree attention; "" where there is none.
       attention_imbalance: attention of the busiest device over the mean of all.
       model_flops: the part of `traced_flops` that recomputation does not repeat; the U in MFU.
       arguments: bytes of what the program is given, by category.
@@ -29,8 +30,8 @@ class ProgramFacts:
       peak: largest sum that the compiler says is alive at once; 0 if it does not say.
       host: bytes of temporaries in the host's memory.
       exceeded: bytes that the compiler could not find room for; 0 where it fits.
-      memory_bytes: bytes between main memory and the chip, tree attention left out.
-      attention_bytes: those of tree attention, as an XLA loop.
+      memory_bytes: bytes between main memory and the chip, tiles of tree attention left out.
+      attention_bytes: those of the tiles.
       collectives: see `Collective`.
       bandwidths: bytes per second that a device can send, for each combination of mesh axes.
       compile_cpu_s: CPU seconds of lowering and compiling.
@@ -45,6 +46,7 @@ class ProgramFacts:
     model_flops: float
     arguments: Mapping[str, int]
     resident: Mapping[str, int]
+    attention: str = ""
     attention_imbalance: float = 1.0
     compiled_flops: float = 0.0
     argument_bytes: int = 0

@@ -3,7 +3,8 @@
 The count is global: the work of all devices together, none of it replicated. A compiled program
 that does more, device by device, repeats work somewhere; `tw_jax.planning` compares the two.
 
-Only matrix products and convolutions are counted, at 2 operations per multiply-add.
+Only matrix products and convolutions are counted, at 2 operations per multiply-add. Those of a
+Pallas kernel count once per point of its grid.
 """
 
 import dataclasses
@@ -30,17 +31,14 @@ class FlopCount:
         recomputed and backward work of a scope are one entry. What loops of unknown length do is
         NaN.
       recomputed: the part of it that `jax.checkpoint` repeats.
-      kernels: operations of Pallas kernels, by their own cost estimates; not in `by_scope`, since
-        no compiled program shows them.
     """
 
     by_scope: Mapping[str, float]
     recomputed: float
-    kernels: float
 
     @property
     def total(self) -> float:
-        """Operations outside Pallas kernels."""
+        """All operations."""
         return sum(self.by_scope.values())
 
     def within(self, scope: str) -> float:
@@ -53,23 +51,18 @@ def count_flops(jaxpr: ClosedJaxpr, scopes: Mapping[str, float] | None = None) -
 
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)` or the `jaxpr` of `jax.jit(f).trace(...)`.
-      scopes: trips of data-dependent loops (`while`) by a part of their named scope, as in
-        `tw_jax.planning.hlo_cost`.
-
-    Raises:
-      ValueError: a Pallas kernel gives no cost estimate; names it.
+      scopes: trips of data-dependent loops (`while`, or a dynamic bound of a kernel's grid) by a
+        part of their named scope, as in `tw_jax.planning.hlo_cost`.
     """
     by_scope: dict[str, float] = {}
-    recomputed = kernels = 0.0
-    for path, work, is_kernel in _walk(jaxpr.jaxpr, "", 1.0, dict(scopes or {})):
-        if is_kernel:
-            kernels += work
-            continue
+    recomputed = 0.0
+    # Tracing keeps what nobody reads; every compiler drops it, inside branches and loops too.
+    for path, work in _walk(_live(jaxpr.jaxpr), "", 1.0, dict(scopes or {})):
         scope = clean_scope(path)
         by_scope[scope] = by_scope.get(scope, 0.0) + work
         if _RECOMPUTED in path:
             recomputed += work
-    return FlopCount(by_scope, recomputed, kernels)
+    return FlopCount(by_scope, recomputed)
 
 
 def clean_scope(path: str) -> str:
@@ -83,23 +76,23 @@ def clean_scope(path: str) -> str:
     return "/".join(parts)
 
 
+def _live(jaxpr: Jaxpr) -> Jaxpr:
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+
+
 def _walk(
     jaxpr: Jaxpr, prefix: str, times: float, scopes: Mapping[str, float]
-) -> Iterator[tuple[str, float, bool]]:
-    """(name stack, operations, whether in a Pallas kernel) of every product."""
-    # Tracing keeps what nobody reads; every compiler drops it, inside branches and loops too.
-    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    for eqn in live.eqns:
+) -> Iterator[tuple[str, float]]:
+    """(name stack, operations) of every product."""
+    for eqn in jaxpr.eqns:
         path = f"{prefix}/{eqn.source_info.name_stack}"
         name = eqn.primitive.name
         own = _own_flops(eqn)
         if own:
-            yield path, times * own, False
-        elif name == "pallas_call":
-            yield path, times * _kernel_flops(eqn), True
+            yield path, times * own
         elif name == "cond":
-            branches = [list(_walk(b.jaxpr, path, times, scopes)) for b in eqn.params["branches"]]
-            yield from max(branches, key=lambda found: sum(work for _, work, _ in found))
+            branches = [list(_walk(b, path, times, scopes)) for b in _inner(eqn)]
+            yield from max(branches, key=lambda found: sum(work for _, work in found))
         else:
             inner = times * _repeats(eqn, path, scopes)
             for sub in _inner(eqn):
@@ -111,9 +104,12 @@ def _repeats(eqn: JaxprEqn, path: str, scopes: Mapping[str, float]) -> float:
     name = eqn.primitive.name
     if name == "scan":
         return eqn.params["length"]
+    given = next((count for scope, count in scopes.items() if scope in path), math.nan)
     if name == "while":
-        given = [count for scope, count in scopes.items() if scope in path]
-        return given[0] if given else math.nan
+        return given
+    if name == "pallas_call":
+        grid = eqn.params["grid_mapping"].grid
+        return math.prod(size if isinstance(size, int) else given for size in grid)
     if name == "shard_map":
         # Inside, shapes are one device's along the manual axes and whole along the others.
         sizes = eqn.params["mesh"].shape
@@ -122,13 +118,17 @@ def _repeats(eqn: JaxprEqn, path: str, scopes: Mapping[str, float]) -> float:
 
 
 def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    values = eqn.params["body_jaxpr"] if eqn.primitive.name == "while" else eqn.params.values()
+    name = eqn.primitive.name
+    if name == "pallas_call":
+        yield eqn.params["jaxpr"]  # it has no results: what it computes, it writes
+        return
+    values = eqn.params["body_jaxpr"] if name == "while" else eqn.params.values()
     for value in (values,) if isinstance(values, ClosedJaxpr) else values:
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
+                yield _live(item.jaxpr)
             elif isinstance(item, Jaxpr):
-                yield item
+                yield _live(item)
 
 
 def _own_flops(eqn: JaxprEqn) -> int:
@@ -169,16 +169,6 @@ def _convolution_flops(eqn: JaxprEqn) -> int:
     pairs = kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]]
     batch = image[numbers.lhs_spec[0]] // params["batch_group_count"]
     return 2 * positions * pairs * batch
-
-
-def _kernel_flops(eqn: JaxprEqn) -> float:
-    estimate = eqn.params.get("cost_estimate")
-    if estimate is None:
-        raise ValueError(
-            f"the Pallas kernel {eqn.params.get('name_and_src_info')} gives no cost estimate: pass "
-            "pl.CostEstimate to its pallas_call"
-        )
-    return float(estimate.flops)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

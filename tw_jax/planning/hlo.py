@@ -17,6 +17,8 @@ _ASSIGNMENT = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _COMMENT = re.compile(r"/\*.*?\*/")
+# The only attribute that is written over several lines.
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{[^{}]*\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,7 @@ def parse_hlo(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = ""
     name, instructions, root = "", {}, ""
+    text = _KERNEL_METADATA.sub(lambda found: found.group().replace("\n", ""), text)
     for number, line in enumerate(text.splitlines(), 1):
         header = _HEADER.match(line)
         if header and not line.startswith(" "):

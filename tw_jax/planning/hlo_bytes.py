@@ -2,11 +2,12 @@
 
 An instruction reads its operands and writes its results; what a fusion keeps to itself, and what
 lies in on-chip memory, moves nothing. Slices and in-place updates move the slice, not the array.
-It is an upper estimate: the compiler may keep more on the chip than its text says.
+It is an upper estimate: the compiler may keep more on the chip than its text says. A kernel that
+fetches blocks again and again says in its metadata how much that is.
 """
 
 from tw_jax.planning.hlo import Computation, Instruction, Module
-from tw_jax.planning.hlo_cost import ProgramCost
+from tw_jax.planning.hlo_cost import ProgramCost, kernel_cost
 
 # They name or forward data, or wait for what has been counted at its start.
 _FREE = (
@@ -32,6 +33,7 @@ def memory_bytes(cost: ProgramCost) -> float:
             computation = module.computations[name]
             moved = sum(
                 _instruction_bytes(module, computation, instruction)
+                + kernel_cost(instruction, "bytes_per_tile", cost.scopes)
                 for instruction in computation.instructions.values()
             )
             total += moved * times if moved else 0.0

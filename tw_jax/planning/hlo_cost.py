@@ -3,7 +3,8 @@
 XLA's own analysis counts a loop's body once. Here every loop is multiplied by its trip count,
 which is read from the program: start, step and limit of the counter that the condition compares.
 The trip count of a loop whose limit is data (tree attention visits as many tiles as are live) is
-given by the caller, for a named scope.
+given by the caller, for a named scope. So is that of a Pallas kernel whose grid has such a limit;
+the kernel itself says, in its metadata, what one trip costs.
 """
 
 import dataclasses
@@ -51,9 +52,27 @@ def loop_of(
     body = loop.attribute("body") or ""
     trips = _static_trips(module, caller, loop)
     if trips is None:
-        given = [count for scope, count in scopes.items() if scope in loop.op_name]
-        trips = given[0] if given else math.nan
+        trips = _given(loop, scopes)
     return Loop(loop.name, loop.op_name, body, trips)
+
+
+def _given(instruction: Instruction, scopes: Mapping[str, float]) -> float:
+    """Trips that the caller gave for the scope of an instruction; NaN if none."""
+    return next((n for scope, n in scopes.items() if scope in instruction.op_name), math.nan)
+
+
+def kernel_cost(instruction: Instruction, name: str, scopes: Mapping[str, float]) -> float:
+    """What a Pallas kernel says that one of its tiles costs, times the tiles given for its scope.
+
+    Args:
+      instruction: any; those that are no such kernel cost 0.
+      name: `flops_per_tile` or `bytes_per_tile`, a key of the `metadata` of its `pallas_call`.
+      scopes: tiles by a part of the `op_name`.
+    """
+    if instruction.opcode != "custom-call" or name not in instruction.attributes:
+        return 0.0
+    per_tile = re.search(rf"{name}\W+(\d+)", instruction.attributes)
+    return float(per_tile.group(1)) * _given(instruction, scopes) if per_tile else 0.0
 
 
 def _static_trips(module: Module, caller: Computation, loop: Instruction) -> float | None:
@@ -176,8 +195,9 @@ class ProgramCost:
     def flops(self) -> float:
         """Floating-point operations of matrix products and convolutions on one device.
 
-        Of a conditional's branches the most expensive one counts. NaN where the trip count of a
-        loop with such work is unknown.
+        Of Pallas kernels those count that give `flops_per_tile` in their metadata, of a
+        conditional's branches the most expensive one. NaN where the trip count of a loop with such
+        work is unknown.
         """
         return self.subtree_flops(self.module.entry)
 
@@ -214,6 +234,7 @@ class ProgramCost:
             computation = self.module.computations[name]
             own = sum(
                 instruction_flops(computation, instruction)
+                + kernel_cost(instruction, "flops_per_tile", self.scopes)
                 for instruction in computation.instructions.values()
             )
             # A loop without work adds nothing, however often it runs.

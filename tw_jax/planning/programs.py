@@ -11,13 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.errors import UserError
-from tw_jax.kernels.tile_plan import default_tile
+from tw_jax.kernels.tile_sizes import tile_sizes
 from tw_jax.models import graphdef
 from tw_jax.models.config import Qwen3Config, preset
 from tw_jax.models.qwen3 import abstract_params, param_axes
+from tw_jax.parallel.attention import backend_on
 from tw_jax.parallel.layout import Layout
 from tw_jax.parallel.mesh import ParallelConfig
 from tw_jax.planning.config import PlanConfig
@@ -44,6 +46,7 @@ class Program:
       scopes: trips of its data-dependent loops on one device.
       arguments: bytes per device of what it is given, by category.
       resident: bytes per device that lie in memory meanwhile, by category.
+      attention: backend of tree attention; "" where there is none.
       attention_imbalance: attention of the busiest device over the mean of all.
     """
 
@@ -53,6 +56,7 @@ class Program:
     scopes: Mapping[str, float]
     arguments: Mapping[str, int]
     resident: Mapping[str, int]
+    attention: str = ""
     attention_imbalance: float = 1.0
 
 
@@ -77,10 +81,24 @@ def rows_of(config: PlanConfig, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[axis] for axis in ParallelConfig().rules().batch)
 
 
-def live_tiles(config: PlanConfig, rows: int) -> float:
-    """Attention tiles that are visited for so many whole rows."""
-    blocks = -(-config.row_len // default_tile(config.row_len))
-    return rows * max(blocks, config.visible * blocks * (blocks + 1) / 2)
+def live_tiles(config: PlanConfig, rows: int, tile: tuple[int, int]) -> float:
+    """Attention tiles of `(queries, keys)` that are visited for so many whole rows."""
+    q_tile, k_tile = tile
+    padded_len = -(-config.row_len // max(tile)) * max(tile)
+    q_ends = np.arange(q_tile, padded_len + 1, q_tile)
+    causal = int(np.sum(-(-q_ends // k_tile)))
+    return rows * max(len(q_ends), config.visible * causal)
+
+
+def _tile_of(config: PlanConfig, model: Qwen3Config, layout: Layout, backend: str):
+    """`(queries, keys)` of a tile of training's attention."""
+    parts = layout.size("length")
+    return tile_sizes(
+        backend,
+        row_len=config.row_len,
+        q_len=config.row_len // parts if parts > 1 else None,
+        group=model.num_attention_heads // model.num_key_value_heads,
+    )
 
 
 def attention_imbalance(layout: Layout) -> float:
@@ -122,13 +140,16 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
     params, moments = {"params": _size(state.params)}, {"optimizer": _size(state.opt_state)}
     inputs = {"batch": _size(batch)}
     local_rows = rows // layout.size("batch")
-    scopes = {ATTENTION: live_tiles(config, local_rows) / layout.size("length")}
+    backend = backend_on(layout, config.memory.attention)
+    tile = _tile_of(config, model, layout, backend)
+    scopes = {ATTENTION: live_tiles(config, local_rows, tile) / layout.size("length")}
+    skew = attention_imbalance(layout)
 
     if config.micro_batches == 1:
         with jax.set_mesh(layout.mesh):
             whole = update.whole.trace(state, batch)
         taken = params | moments | inputs
-        return [Program("update", 1, whole, scopes, taken, {}, attention_imbalance(layout))]
+        return [Program("update", 1, whole, scopes, taken, {}, backend, skew)]
     grads = {"gradients": _size(state.params)}
     with jax.set_mesh(layout.mesh):
         first = update.first.trace(state.params, batch)
@@ -136,11 +157,10 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
         accumulate = update.accumulate.trace(state.params, total, batch)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated())
         apply = update.apply.trace(state, total[0], scalar)
-    further, skew = config.micro_batches - 1, attention_imbalance(layout)
-    taken = params | grads | inputs
+    further, taken, given = config.micro_batches - 1, params | grads | inputs, params | inputs
     return [
-        Program("first micro-batch", 1, first, scopes, params | inputs, moments, skew),
-        Program("further micro-batch", further, accumulate, scopes, taken, moments, skew),
+        Program("first micro-batch", 1, first, scopes, given, moments, backend, skew),
+        Program("further micro-batch", further, accumulate, scopes, taken, moments, backend, skew),
         Program("optimizer", 1, apply, {}, params | moments | grads, inputs),
     ]
 

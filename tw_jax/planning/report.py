@@ -138,8 +138,8 @@ def _assumptions(config: PlanConfig, facts: StepFacts) -> str:
     ]
     if config.program != "decode":
         lines.append(
-            f"Attention visits {config.visible:.0%} of a causal row's tiles (visible=) and is "
-            "taken for a kernel that keeps its tiles on the chip."
+            f"Attention visits {config.visible:.0%} of a causal row's tiles (visible=); what it "
+            "moves for them is taken to overlap with its products."
         )
         skew = max(p.attention_imbalance for p in facts.programs)
         if skew > 1:
@@ -149,7 +149,10 @@ def _assumptions(config: PlanConfig, facts: StepFacts) -> str:
             )
         moved = sum(p.runs * p.attention_bytes for p in facts.programs)
         if moved:
-            lines.append(f"As the XLA loop of today it moves {moved / 1e12:.1f} TB per device.")
+            loop = any(p.attention == "xla" for p in facts.programs)
+            how = "As the XLA loop that was compiled" if loop else "The kernel"
+            moves = "it moves" if loop else "fetches"
+            lines.append(f"{how} {moves} {moved / 1e12:.2f} TB per device.")
     if not facts.compiler:
         lines.append("Temporaries, traffic and collectives are formulas: no compiler was asked.")
     return " ".join(lines)

@@ -35,8 +35,9 @@ from tw_jax.planning.links import axes_bandwidths
 from tw_jax.planning.programs import ATTENTION, Program, model_of, programs, rows_of
 from tw_jax.planning.tpu_environment import libtpu_version
 
-# Of the five products in a backward tile one repeats the forward scores.
-_BACKWARD_REPEATS = 1 / 5
+# Share of the products in a backward tile that repeat others. Of XLA's five that is the scores; the
+# two TPU kernels make seven, the scores twice and the gradient of the weights once too often.
+_BACKWARD_REPEATS = {"": 0.0, "xla": 1 / 5, "tpu": 3 / 7}
 _EXHAUSTED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -95,16 +96,17 @@ def _parameters(config: PlanConfig) -> int:
 def _known(program: Program, counted: FlopCount, *, compiled: bool) -> ProgramFacts:
     """What tracing alone tells."""
     forward, backward = (counted.within(f"{ATTENTION}_{way}") for way in ("forward", "backward"))
-    total = counted.total + counted.kernels
+    total, repeats = counted.total, _BACKWARD_REPEATS[program.attention]
     return ProgramFacts(
         name=program.name,
         runs=program.runs,
         compiled=compiled,
         traced_flops=total,
         attention_flops=forward + backward,
-        model_flops=total - counted.recomputed - backward * _BACKWARD_REPEATS,
+        model_flops=total - counted.recomputed - backward * repeats,
         arguments=dict(program.arguments),
         resident=dict(program.resident),
+        attention=program.attention,
         attention_imbalance=program.attention_imbalance,
     )
 
@@ -137,7 +139,7 @@ def _compiled(
     module = parse_hlo(text)
     cost = ProgramCost(module, program.scopes)
     talk = tuple(module_collectives(cost, layout.mesh.shape))
-    # As an XLA loop, attention moves its tiles through memory; a kernel keeps them on the chip.
+    # As an XLA loop, attention moves its tiles through memory; a kernel fetches blocks meanwhile.
     without = ProgramCost(module, {**program.scopes, ATTENTION: 0.0})
     traffic = memory_bytes(without)
     return dataclasses.replace(

@@ -358,6 +358,7 @@ def _scorer(
             batch,
             head_chunk=config.memory.head_chunk,
             remat=config.memory.remat,
+            attention=config.memory.attention,
             layout=layout,
         )
 

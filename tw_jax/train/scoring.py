@@ -28,7 +28,7 @@ from tw_jax.models.moe import (
 )
 from tw_jax.models.qwen3 import Params, Qwen3, head_matrix
 from tw_jax.models.remat import Remat
-from tw_jax.parallel.attention import plan_tiles_on, tree_attention_on
+from tw_jax.parallel.attention import backend_on, plan_tiles_on, tree_attention_on
 from tw_jax.parallel.embedding import embedding_on
 from tw_jax.parallel.layout import Layout, on_mesh
 from tw_jax.train.lm_head import head_logprobs
@@ -41,11 +41,18 @@ def token_logprobs(
     *,
     head_chunk: int,
     remat: Remat,
+    attention: str = "auto",
     layout: Layout | None = None,
 ) -> Float32[Array, "rows row_len"]:
     """The log-probabilities of `score_tokens`, for callers without use for a router's loss."""
     scores = score_tokens(
-        graphdef, params, batch, head_chunk=head_chunk, remat=remat, layout=layout
+        graphdef,
+        params,
+        batch,
+        head_chunk=head_chunk,
+        remat=remat,
+        attention=attention,
+        layout=layout,
     )
     return scores.logprobs
 
@@ -69,6 +76,7 @@ def score_tokens(
     *,
     head_chunk: int,
     remat: Remat,
+    attention: str = "auto",
     layout: Layout | None = None,
 ) -> Scores:
     """Log-probability of every token given its path from the root.
@@ -83,6 +91,7 @@ def score_tokens(
       head_chunk: tokens whose logits exist at the same time on a device, over all its rows; rounded
         down to whole columns, at least one. What fits into one chunk is not looped over.
       remat: what the backward pass keeps of each layer (`tw_jax.models.remat`).
+      attention: backend of `tree_attention`, or `auto` (`tw_jax.parallel.attention.backend_on`).
       layout: how batch and activations lie on a mesh; None on one device.
 
     Raises:
@@ -94,7 +103,13 @@ def score_tokens(
     hidden_intervals = None
     if batch.hidden_start.shape[0]:
         hidden_intervals = (batch.hidden_start, batch.hidden_end)
-    plan = plan_tiles_on(layout, batch.visible_end, hidden_intervals)
+    plan = plan_tiles_on(
+        layout,
+        batch.visible_end,
+        hidden_intervals,
+        backend=backend_on(layout, attention),
+        group=model.config.num_attention_heads // model.config.num_key_value_heads,
+    )
 
     def attend(q, k, v, layer, carry):
         del layer

@@ -12,7 +12,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ SumLoss = Callable[[Params, PackedBatch], tuple[Float32[Array, ""], dict[str, Fl
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """What the backward pass keeps and how wide the LM head runs.
+    """What the backward pass keeps, how wide the LM head runs, and the kernel of attention.
 
     Attributes:
       remat: what the backward pass keeps of each layer. "none": everything; "dots": results of
@@ -47,10 +47,13 @@ class MemoryConfig:
         "full": the input alone; "offload": the input, in the host's memory. The rest is
         recomputed.
       head_chunk: tokens per chunk of LM head and log-softmax, on each device.
+      attention: kernel of tree attention. "xla" runs everywhere, "tpu" is for TPUs, "gpu" for
+        NVIDIA's GPUs; "auto" is the best one for the devices.
     """
 
     remat: Remat = "none"
     head_chunk: int = 4096
+    attention: Literal["auto", "xla", "tpu", "gpu"] = "auto"
 
     def __post_init__(self) -> None:
         require_at_least(self, head_chunk=1)
@@ -109,6 +112,7 @@ def _scorer(
         graphdef,
         head_chunk=memory.head_chunk,
         remat=memory.remat,
+        attention=memory.attention,
         layout=layout,
     )
 
