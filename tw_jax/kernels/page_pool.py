@@ -77,6 +77,36 @@ class PagedShape:
         return self.heads // self.kv_heads
 
 
+def paged_shape(
+    q: Float[Array, "tokens heads dim"],
+    pool: PagePool,
+    page_indices: Int32[Array, "rows pages_per_row"],
+) -> PagedShape:
+    """The static shape of a call of `paged_attention` with these arguments.
+
+    Raises:
+      ValueError: arguments that do not fit each other.
+    """
+    tokens, heads, dim = q.shape
+    rows, pages_per_row = page_indices.shape
+    if tokens % rows:
+        raise ValueError(f"{tokens} queries are no whole number for each of {rows} rows")
+    if heads % pool.kv_heads:
+        raise ValueError(f"{heads} query heads do not group over {pool.kv_heads} key heads")
+    if dim != pool.pages.shape[3]:
+        raise ValueError(f"queries are {dim} wide, keys {pool.pages.shape[3]}")
+    return PagedShape(
+        rows=rows,
+        run=tokens // rows,
+        heads=heads,
+        kv_heads=pool.kv_heads,
+        head_dim=dim,
+        page_size=pool.page_size,
+        pages_per_row=pages_per_row,
+        dtype=pool.pages.dtype,
+    )
+
+
 def empty_pool(
     layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype
 ) -> PagePool:
@@ -126,6 +156,10 @@ def copy_page(
     valid: Bool[Array, "*b"] | bool = True,
 ) -> PagePool:
     """Copies pages in all layers: what a thread does with the partial page it starts from.
+
+    In a decoding loop, whether or what to copy must follow from what the step's attention
+    returned. A copy that depends on none of it may be scheduled before the last layer's reads, and
+    costs two copies of the whole pool.
 
     Args:
       pool: the pool.

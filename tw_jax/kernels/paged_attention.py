@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from tw_jax.kernels.page_pool import PagedShape, PagePool
+from tw_jax.kernels.page_pool import PagedShape, PagePool, paged_shape
 from tw_jax.kernels.paged_attention_gpu import gpu_obstacle, paged_attention_gpu
 from tw_jax.kernels.paged_attention_tpu import paged_attention_tpu, tpu_obstacle
 from tw_jax.kernels.paged_attention_xla import paged_attention_xla
@@ -23,36 +23,6 @@ _OBSTACLES: dict[str, Callable[[PagedShape], str | None]] = {
     "tpu": tpu_obstacle,
     "gpu": gpu_obstacle,
 }
-
-
-def paged_shape(
-    q: Float[Array, "tokens heads dim"],
-    pool: PagePool,
-    page_indices: Int32[Array, "rows pages_per_row"],
-) -> PagedShape:
-    """The static shape of a call of `paged_attention` with these arguments.
-
-    Raises:
-      ValueError: arguments that do not fit each other.
-    """
-    tokens, heads, dim = q.shape
-    rows, pages_per_row = page_indices.shape
-    if tokens % rows:
-        raise ValueError(f"{tokens} queries are no whole number for each of {rows} rows")
-    if heads % pool.kv_heads:
-        raise ValueError(f"{heads} query heads do not group over {pool.kv_heads} key heads")
-    if dim != pool.pages.shape[3]:
-        raise ValueError(f"queries are {dim} wide, keys {pool.pages.shape[3]}")
-    return PagedShape(
-        rows=rows,
-        run=tokens // rows,
-        heads=heads,
-        kv_heads=pool.kv_heads,
-        head_dim=dim,
-        page_size=pool.page_size,
-        pages_per_row=pages_per_row,
-        dtype=pool.pages.dtype,
-    )
 
 
 def best_paged_backend(shape: PagedShape, platform: str) -> tuple[str, str]:

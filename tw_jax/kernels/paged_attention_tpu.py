@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jaxtyping import Array, Bool, Float, Int32
 
-from tw_jax.kernels.page_pool import PagedShape, PagePool
+from tw_jax.kernels.page_pool import PagedShape, PagePool, paged_shape
 
 _HEAD_DIM = 128
 _DTYPES = ("bfloat16", "float32")
@@ -134,18 +134,9 @@ def paged_attention_tpu(
     rows, run, heads, dim = q.shape
     pages = layer * pool.pages_per_layer + page_indices
     batch = ragged_batch(kv_lens, q_lens, pages.astype(jnp.int32), run)
-    shape = PagedShape(
-        rows=rows,
-        run=run,
-        heads=heads,
-        kv_heads=pool.kv_heads,
-        head_dim=dim,
-        page_size=pool.page_size,
-        pages_per_row=page_indices.shape[1],
-        dtype=pool.pages.dtype,
-    )
+    tokens = q.reshape(rows * run, heads, dim).astype(pool.pages.dtype)
+    shape = paged_shape(tokens, pool, page_indices)
     with jax.named_scope("paged_attention_tpu"):
-        tokens = q.reshape(rows * run, heads, dim).astype(pool.pages.dtype)
         out = kernel(
             tokens[batch.slot],
             pool.pages,
