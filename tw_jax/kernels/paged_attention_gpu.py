@@ -100,8 +100,7 @@ def _kernel(kv_len_ref, q_len_ref, page_list_ref, q_ref, pages_ref, out_ref, *, 
 
         def load(index):
             # What lies behind a row's end is not ours, maybe no number: 0 * nan must not happen.
-            tokens = pages_ref.at[page, offset, index, :]
-            return plgpu.load(tokens, mask=written[:, None], other=0.0)
+            return jnp.where(written[:, None], pages_ref[page, offset, index, :], 0)
 
         visible = key[None, :] <= position[:, None]
         # Scaled after the product, as in training: rounding then agrees between the two.
