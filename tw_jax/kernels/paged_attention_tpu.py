@@ -17,10 +17,10 @@ from tw_jax.kernels.page_pool import PagedShape, PagePool, paged_shape
 
 _HEAD_DIM = 128
 _DTYPES = ("bfloat16", "float32")
-# The page lists of all rows travel in scalar memory, 1 MiB on all known chips, each list padded to
-# whole lines of 128; the rest of it is for the other scalars.
+# The page lists of all rows travel in scalar memory, 1 MiB on all known chips, padded to tiles of 8
+# rows and 128 entries; the rest of it is for the other scalars.
 _SCALAR_BYTES = 2**20 - 2**16
-_LINE = 128
+_TILE = (8, 128)
 # Tokens fetched at once, twice for double buffering; what compiles within every chip's default
 # limit of vector memory.
 _MAX_BLOCK_TOKENS = 256
@@ -39,8 +39,11 @@ def tpu_obstacle(shape: PagedShape) -> str | None:
     tiles, rest = divmod(2 * shape.kv_heads, packing)
     if rest or not (tiles in (1, 2, 4, 8) or tiles % 8 == 0):
         return f"{shape.kv_heads} key heads (on one device) do not fill whole tiles"
-    line = -(-shape.pages_per_row // _LINE) * _LINE
-    if 4 * shape.rows * line > _SCALAR_BYTES:
+    rows, entries = (
+        -(-size // tile) * tile
+        for size, tile in zip((shape.rows, shape.pages_per_row), _TILE, strict=True)
+    )
+    if 4 * rows * entries > _SCALAR_BYTES:
         return (
             f"{shape.rows} page lists of {shape.pages_per_row} entries exceed the scalar memory: "
             "choose larger pages"
