@@ -127,6 +127,17 @@ def test_rows_at_rest_return_zeros():
     np.testing.assert_array_equal(out, 0)
 
 
+def test_layer_may_be_traced():
+    rng = np.random.default_rng(0)
+    rows = random_rows(rng, [100, 33, 0, 64], 16)
+    pool, page_indices = lay_out(rng, rows, 16, 11)
+    q = random_queries(rng, ROWS, 1)
+    static = attend(q, pool, rows.kv_lens, page_indices)
+    by_layer = jax.jit(functools.partial(paged_attention, backend="xla"))
+    traced = by_layer(q[:, 0], pool, jnp.int32(LAYER), rows.kv_lens, page_indices)
+    np.testing.assert_array_equal(traced, static[:, 0])
+
+
 def test_prefill_then_decode_equals_causal_attention():
     """One row, fed in chunks and then token by token beside a row at rest."""
     length, page_size = 75, 16
