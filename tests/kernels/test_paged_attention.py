@@ -104,6 +104,7 @@ def test_bits_depend_on_the_row_alone(run):
         return np.asarray(attend(q, pool, rows.kv_lens, page_indices))
 
     first = run_with(rows, q, 16)
+    assert np.isfinite(first).all()
     for page_size in (16, *PAGE_SIZES, 64):
         np.testing.assert_array_equal(run_with(rows, q, page_size), first)
     np.testing.assert_array_equal(run_with(rows, q, 16, extra=9), first)
