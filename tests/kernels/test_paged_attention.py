@@ -195,15 +195,16 @@ def shape_with(**changed):
     ("platform", "changed", "name", "why"),
     [
         ("cpu", {}, "xla", "no kernel for the platform cpu"),
+        ("rocm", {}, "xla", "no kernel for the platform rocm"),
         ("tpu", {}, "tpu", "supports this shape"),
         ("tpu", {"head_dim": 64}, "xla", "head_dim is 64"),
         ("tpu", {"kv_heads": 3, "heads": 6}, "xla", "3 key heads"),
         ("tpu", {"dtype": jnp.dtype(jnp.float16)}, "xla", "pages of float16"),
         ("tpu", {"rows": 128, "pages_per_row": 2560}, "xla", "choose larger pages"),
         ("tpu", {"page_size": 512}, "xla", "at most 256"),
-        ("gpu", {}, "gpu", "supports this shape"),
-        ("gpu", {"head_dim": 80}, "xla", "head_dim is 80"),
-        ("gpu", {"dtype": jnp.dtype(jnp.int8)}, "xla", "pages of int8"),
+        ("cuda", {}, "gpu", "supports this shape"),
+        ("cuda", {"head_dim": 80}, "xla", "head_dim is 80"),
+        ("cuda", {"dtype": jnp.dtype(jnp.int8)}, "xla", "pages of int8"),
     ],
 )
 def test_choice_of_backend(platform, changed, name, why):

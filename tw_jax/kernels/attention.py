@@ -22,7 +22,7 @@ def best_backend(platform: str) -> str:
     return _BEST.get(platform, "xla")
 
 
-def _default_platform() -> str:
+def default_platform() -> str:
     """Platform of the default device; unlike `jax.default_backend()` it tells cuda from rocm."""
     default = jax_backend.get_backend()
     return next(name for name, client in jax_backend.backends().items() if client is default)
@@ -63,7 +63,7 @@ def tree_attention(
     Raises:
       ValueError: unknown backend, heads that do not group, or a plan made for other rows.
     """
-    name = best_backend(_default_platform()) if backend is None else backend
+    name = best_backend(default_platform()) if backend is None else backend
     if name not in _BACKENDS:
         raise ValueError(f"no attention backend {name!r}: choose one of {', '.join(_BACKENDS)}")
     rows, q_len, heads, _ = q.shape

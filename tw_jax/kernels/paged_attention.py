@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from tw_jax.kernels.attention import default_platform
 from tw_jax.kernels.page_pool import PagedShape, PagePool, paged_shape
 from tw_jax.kernels.paged_attention_gpu import gpu_obstacle, paged_attention_gpu
 from tw_jax.kernels.paged_attention_tpu import paged_attention_tpu, tpu_obstacle
@@ -23,16 +23,21 @@ _OBSTACLES: dict[str, Callable[[PagedShape], str | None]] = {
     "tpu": tpu_obstacle,
     "gpu": gpu_obstacle,
 }
+_BEST = {"cuda": "gpu", "tpu": "tpu"}
 
 
 def best_paged_backend(shape: PagedShape, platform: str) -> tuple[str, str]:
-    """The backend for a call on devices of a platform (`jax.default_backend()`), and why."""
-    if platform not in _BACKENDS:
+    """The backend for a call, and why.
+
+    Args:
+      shape: of the call.
+      platform: of the devices, one of those in `jax.extend.backend.backends()`.
+    """
+    if platform not in _BEST:
         return "xla", f"there is no kernel for the platform {platform}"
-    obstacle = _OBSTACLES[platform](shape)
-    if obstacle:
-        return "xla", obstacle
-    return platform, f"the kernel for {platform} supports this shape"
+    name = _BEST[platform]
+    obstacle = _OBSTACLES[name](shape)
+    return ("xla", obstacle) if obstacle else (name, f"the {name} kernel supports this shape")
 
 
 def paged_attention(
@@ -72,7 +77,7 @@ def paged_attention(
       ValueError: arguments that do not fit each other, or a backend that cannot run them.
     """
     shape = paged_shape(q, pool, page_indices)
-    name = backend or best_paged_backend(shape, jax.default_backend())[0]
+    name = backend or best_paged_backend(shape, default_platform())[0]
     if name not in _BACKENDS:
         raise ValueError(f"no paged attention {name!r}: choose one of {', '.join(_BACKENDS)}")
     obstacle = _OBSTACLES[name](shape)
