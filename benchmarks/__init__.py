@@ -7,5 +7,7 @@
 | sft --peer tunix | the same SFT update in tw_jax and in a peer, in turns |
 | parity | logits and gradients against transformers |
 | checkpoint-io | import and export of weights against a file copy |
+| attention | tree attention on CPU against dense masks: exactness, memory, time |
 | attention-gpu | on a GPU: time per live tile of tree attention against cuDNN's causal one |
+| paged-attention | a decoding step over pages against one over dense slots |
 """

@@ -8,7 +8,16 @@ import sys
 
 from benchmarks.peers import PEERS
 
-BENCHMARKS = ("trie", "train", "sft", "parity", "checkpoint-io", "attention-gpu")
+BENCHMARKS = (
+    "trie",
+    "train",
+    "sft",
+    "parity",
+    "checkpoint-io",
+    "attention",
+    "attention-gpu",
+    "paged-attention",
+)
 AGAINST_PEERS = ("sft",)
 
 

@@ -1,6 +1,7 @@
 """`tree_attention`: the only attention of training and scoring, and its choice of backend."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -19,11 +20,15 @@ _BACKENDS: dict[str, Callable[..., Array]] = {
 _BEST = {"tpu": "tpu", "cuda": "gpu"}
 
 
-def best_backend(device: jax.Device) -> str:
-    """The backend for a device, or for one of a topology that is only described."""
-    # A GPU's `platform` does not tell CUDA from ROCm.
-    platform = device.client.platform if device.platform == "gpu" else device.platform
-    return _BEST.get(platform, "xla")
+def platform_of(device: Any) -> str:
+    """`cpu`, `tpu`, `cuda` or `rocm`, for a device or one of a topology that is only described."""
+    # A GPU's own `platform` does not tell the last two apart.
+    return device.client.platform if device.platform == "gpu" else device.platform
+
+
+def best_backend(device: Any) -> str:
+    """The backend for a device."""
+    return _BEST.get(platform_of(device), "xla")
 
 
 def tree_attention(

@@ -6,7 +6,7 @@ each device in float32, and once, after the loop, it is added up over devices an
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ def head_logprobs(
 
     def local(head: Any, hidden: Array, targets: Array) -> Array:
         if isinstance(head, AdaptedMatrix):
-            base, a = (gathered(part, embed_axes, axis=0) for part in (head.base, head.a))
-            head = dataclasses.replace(head, base=base, a=a)
+            base = gathered(cast(Array, head.base), embed_axes, axis=0)
+            head = dataclasses.replace(head, base=base, a=gathered(head.a, embed_axes, axis=0))
         else:
             head = gathered(head, embed_axes, axis=0)
         return _in_chunks(head, hidden, targets, head_chunk, vocab_axes)
