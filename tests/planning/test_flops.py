@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.kernels import plan_tiles, tree_attention
+from tw_jax.kernels.grouped_matmul import grouped_matmul, tile_rows
 from tw_jax.models import graphdef, init_params
 from tw_jax.models.config import preset
 from tw_jax.planning.flops import clean_scope, count_flops
@@ -167,3 +168,13 @@ def test_the_training_gradient_agrees_with_its_compiled_program(remat):
     assert counted.total - counted.within("tree_attention_forward") - counted.within(
         "tree_attention_backward"
     ) == (tokens * matrices)
+
+
+def test_grouped_products_count_the_rows_of_the_platforms_branch():
+    """On TPU the share of rows that belong to a group; elsewhere whole tiles, as often as said."""
+    x, kernels = jnp.zeros((64, 8)), jnp.zeros((4, 8, 5))
+    sizes = jnp.full(4, 8, jnp.int32)
+    traced = jax.make_jaxpr(grouped_matmul)(x, kernels, sizes)
+    scopes = {"grouped_matmul": 6.0, "ragged_dot_general": 0.5}
+    assert count_flops(traced, scopes, "tpu").total == 2 * 64 * 8 * 5 * 0.5
+    assert count_flops(traced, scopes, "cuda").total == 6 * 2 * tile_rows(64, 4) * 8 * 5

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 _SMALLEST_TILE, _LARGEST_TILE = 8, 512  # rows
+_SCOPE = "grouped_matmul"  # by which planners find loops whose length is data
 
 
 @jax.custom_vjp
@@ -34,7 +35,8 @@ def grouped_matmul(
       The products, accumulated and returned in float32.
     """
     kernels = kernels.astype(x.dtype)
-    out = jax.lax.platform_dependent(x, kernels, group_sizes, tpu=_ragged, default=_tiled)
+    with jax.named_scope(_SCOPE):
+        out = jax.lax.platform_dependent(x, kernels, group_sizes, tpu=_ragged, default=_tiled)
     return _within(out, group_sizes)
 
 
@@ -51,14 +53,15 @@ def _forward_rule(x, kernels, group_sizes):
 def _backward_rule(saved, d_out):
     x, kernels, group_sizes = saved
     d_out = _within(d_out, group_sizes).astype(x.dtype)
-    d_x = jax.lax.platform_dependent(
-        d_out,
-        kernels.astype(x.dtype),
-        group_sizes,
-        tpu=_ragged_transposed,
-        default=_tiled_transposed,
-    )
-    d_kernels = _tiled_outer(x, d_out, group_sizes).astype(kernels.dtype)
+    with jax.named_scope(_SCOPE):
+        d_x = jax.lax.platform_dependent(
+            d_out,
+            kernels.astype(x.dtype),
+            group_sizes,
+            tpu=_ragged_transposed,
+            default=_tiled_transposed,
+        )
+        d_kernels = _tiled_outer(x, d_out, group_sizes).astype(kernels.dtype)
     return _within(d_x, group_sizes).astype(x.dtype), d_kernels, None
 
 
@@ -88,8 +91,8 @@ class _Tiles(NamedTuple):
     stop: Int32[Array, " tiles"]
 
 
-def _tile_rows(rows: int, groups: int) -> int:
-    """Rows per tile: about those of an average group."""
+def tile_rows(rows: int, groups: int) -> int:
+    """Rows per tile of the loop: about those of an average group."""
     size = _SMALLEST_TILE
     while size < min(rows // groups, _LARGEST_TILE):
         size *= 2
@@ -142,7 +145,7 @@ def _tiled_transposed(d_out, kernels, group_sizes):
 
 def _tiled_product(x, kernels, group_sizes, inner: int) -> Float32[Array, "rows out"]:
     """Rows times matrices, of which axis `inner` is summed over."""
-    rows, size = x.shape[0], _tile_rows(x.shape[0], kernels.shape[0])
+    rows, size = x.shape[0], tile_rows(x.shape[0], kernels.shape[0])
     tiles = _tiles(group_sizes, rows, size)
 
     def visit(index, out):
@@ -159,7 +162,7 @@ def _tiled_product(x, kernels, group_sizes, inner: int) -> Float32[Array, "rows 
 def _tiled_outer(x, d_out, group_sizes) -> Float32[Array, "groups inner out"]:
     """Sum over each group's rows of their outer products."""
     rows, groups = x.shape[0], group_sizes.shape[0]
-    size = _tile_rows(rows, groups)
+    size = tile_rows(rows, groups)
     tiles = _tiles(group_sizes, rows, size)
 
     def visit(index, sums):

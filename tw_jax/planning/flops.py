@@ -20,6 +20,7 @@ from tw_jax.planning.hlo_cost import valid_positions
 
 _TRANSFORM = re.compile(r"^(jvp|transpose|vmap|remat)\((.*)\)$")
 _RECOMPUTED = "rematted_computation"
+RAGGED_DOT = "ragged_dot_general"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +47,22 @@ class FlopCount:
         return sum(work for path, work in self.by_scope.items() if scope in path.split("/"))
 
 
-def count_flops(jaxpr: ClosedJaxpr, scopes: Mapping[str, float] | None = None) -> FlopCount:
+def count_flops(
+    jaxpr: ClosedJaxpr, scopes: Mapping[str, float] | None = None, platform: str = "cpu"
+) -> FlopCount:
     """Counts the operations of a traced program.
 
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)` or the `jaxpr` of `jax.jit(f).trace(...)`.
       scopes: trips of data-dependent loops (`while`, or a dynamic bound of a kernel's grid) by a
-        part of their named scope, as in `tw_jax.planning.hlo_cost`.
+        part of their named scope, as in `tw_jax.planning.hlo_cost`; under the key of
+        `RAGGED_DOT`, the share of a ragged product's rows that belong to any of its groups.
+      platform: what the program is for, where it has a branch for each.
     """
     by_scope: dict[str, float] = {}
     recomputed = 0.0
     # Tracing keeps what nobody reads; every compiler drops it, inside branches and loops too.
-    for path, work in _walk(_live(jaxpr.jaxpr), "", 1.0, dict(scopes or {})):
+    for path, work in _walk(_live(jaxpr.jaxpr), "", 1.0, dict(scopes or {}), platform):
         scope = clean_scope(path)
         by_scope[scope] = by_scope.get(scope, 0.0) + work
         if _RECOMPUTED in path:
@@ -81,7 +86,7 @@ def _live(jaxpr: Jaxpr) -> Jaxpr:
 
 
 def _walk(
-    jaxpr: Jaxpr, prefix: str, times: float, scopes: Mapping[str, float]
+    jaxpr: Jaxpr, prefix: str, times: float, scopes: Mapping[str, float], platform: str
 ) -> Iterator[tuple[str, float]]:
     """(name stack, operations) of every product."""
     for eqn in jaxpr.eqns:
@@ -89,14 +94,28 @@ def _walk(
         name = eqn.primitive.name
         own = _own_flops(eqn)
         if own:
-            yield path, times * own
+            share = scopes.get(RAGGED_DOT, 1.0) if name == RAGGED_DOT else 1.0
+            yield path, times * own * share
         elif name == "cond":
-            branches = [list(_walk(b, path, times, scopes)) for b in _inner(eqn)]
+            branches = [
+                list(_walk(b, path, times, scopes, platform)) for b in _taken(eqn, platform)
+            ]
             yield from max(branches, key=lambda found: sum(work for _, work in found))
         else:
             inner = times * _repeats(eqn, path, scopes)
             for sub in _inner(eqn):
-                yield from _walk(sub, path, inner, scopes)
+                yield from _walk(sub, path, inner, scopes, platform)
+
+
+def _taken(cond: JaxprEqn, platform: str) -> list[Jaxpr]:
+    """The branches that may run: where they are made for platforms, the one for this platform."""
+    branches = list(_inner(cond))
+    for platforms, branch in zip(
+        cond.params.get("branches_platforms") or (), branches, strict=False
+    ):
+        if platforms is None or platform in platforms:
+            return [branch]
+    return branches
 
 
 def _repeats(eqn: JaxprEqn, path: str, scopes: Mapping[str, float]) -> float:
@@ -138,7 +157,7 @@ def _own_flops(eqn: JaxprEqn) -> int:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         lhs = _shape(eqn.invars[0])
         return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(lhs[d] for d in contracted)
-    if name == "ragged_dot_general":
+    if name == RAGGED_DOT:
         # Groups share one dimension between them, so the number of groups does not multiply.
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (_, contracted), (_, batch) = numbers.dot_dimension_numbers

@@ -61,6 +61,21 @@ def _given(instruction: Instruction, scopes: Mapping[str, float]) -> float:
     return next((n for scope, n in scopes.items() if scope in instruction.op_name), math.nan)
 
 
+def ragged_dot_flops(
+    computation: Computation, instruction: Instruction, scopes: Mapping[str, float]
+) -> float:
+    """Work of the TPU compiler's own kernel for `jax.lax.ragged_dot`; 0 for anything else.
+
+    The kernel skips rows behind the last group: `scopes["ragged_dot_general"]` is the share that it
+    does not skip.
+    """
+    if instruction.opcode != "custom-call" or "ragged_dot_tiling" not in instruction.attributes:
+        return 0.0
+    rows = computation.operands(instruction)[-2].types[0].dims
+    share = scopes.get("ragged_dot_general", 1.0)
+    return 2 * math.prod(rows) * instruction.types[0].dims[-1] * share
+
+
 def kernel_cost(instruction: Instruction, name: str, scopes: Mapping[str, float]) -> float:
     """What a Pallas kernel says that one of its tiles costs, times the tiles given for its scope.
 
@@ -235,6 +250,7 @@ class ProgramCost:
             own = sum(
                 instruction_flops(computation, instruction)
                 + kernel_cost(instruction, "flops_per_tile", self.scopes)
+                + ragged_dot_flops(computation, instruction, self.scopes)
                 for instruction in computation.instructions.values()
             )
             # A loop without work adds nothing, however often it runs.

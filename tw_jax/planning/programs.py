@@ -15,6 +15,7 @@ import numpy as np
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.errors import UserError
+from tw_jax.kernels.grouped_matmul import tile_rows
 from tw_jax.kernels.tile_sizes import tile_sizes
 from tw_jax.models import graphdef
 from tw_jax.models.config import Qwen3Config, preset
@@ -23,6 +24,7 @@ from tw_jax.parallel.attention import backend_on
 from tw_jax.parallel.layout import Layout
 from tw_jax.parallel.mesh import ParallelConfig
 from tw_jax.planning.config import PlanConfig
+from tw_jax.planning.flops import RAGGED_DOT
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.state import new_state
 from tw_jax.tasks.character_tokenizer import load_tokenizer
@@ -143,6 +145,8 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
     backend = backend_on(layout, config.memory.attention)
     tile = _tile_of(config, model, layout, backend)
     scopes = {ATTENTION: live_tiles(config, local_rows, tile) / layout.size("length")}
+    local_tokens = local_rows * config.row_len // layout.size("length")
+    scopes |= _expert_scopes(model, layout, local_tokens)
     skew = attention_imbalance(layout)
 
     if config.micro_batches == 1:
@@ -163,6 +167,21 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
         Program("further micro-batch", further, accumulate, scopes, taken, moments, backend, skew),
         Program("optimizer", 1, apply, {}, params | moments | grads, inputs),
     ]
+
+
+def _expert_scopes(model: Qwen3Config, layout: Layout, local_tokens: int) -> dict[str, float]:
+    """Trips of the loop over tiles of an expert's rows, and the rows that belong to one here.
+
+    Taken for balanced: every device of an expert axis gets as many rows as it has tokens to send,
+    and the last tile of every expert is half full.
+    """
+    if model.moe is None:
+        return {}
+    devices = layout.size("experts")
+    own_rows = local_tokens * model.moe.num_experts_per_tok
+    groups = model.moe.num_experts // devices
+    tiles = own_rows / tile_rows(own_rows * devices, groups) + groups / 2
+    return {"grouped_matmul": tiles, RAGGED_DOT: 1 / devices}
 
 
 def _decode(config: PlanConfig, layout: Layout) -> Program:
@@ -191,7 +210,8 @@ def _decode(config: PlanConfig, layout: Layout) -> Program:
     kv = _size(state.cache)
     sizes_by = {"params": _size(params), "kv cache": kv, "engine state": _size(state) - kv}
     # Every loop of unknown length is the one over steps: one step is planned.
-    return Program("decode step", 1, traced, {"": 1.0}, sizes_by, {})
+    scopes = _expert_scopes(model, layout, config.decode_rows) | {"": 1.0}
+    return Program("decode step", 1, traced, scopes, sizes_by, {})
 
 
 def _abstract_batch(layout: Layout, rows: int, row_len: int, *, rl: bool) -> PackedBatch:

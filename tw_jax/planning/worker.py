@@ -60,7 +60,7 @@ def step_facts(config: PlanConfig) -> StepFacts:
     sizes = dict(layout.mesh.shape)
     found = []
     for program in programs(config, layout):
-        counted = count_flops(program.traced.jaxpr, program.scopes)
+        counted = count_flops(program.traced.jaxpr, program.scopes, "tpu" if is_tpu else "cuda")
         if is_tpu:
             print(f"compiling the {program.name} for {layout.describe()}", flush=True)
             found.append(_compiled(program, counted, topology, layout))
