@@ -106,5 +106,4 @@ def test_activations_are_offered_for_placement(config, unroll):
         *([] if config.moe else [(("batch", "length", "mlp"), (2, 7, 80))]),
         stream,
     ]
-    table = (("vocab", None), (config.vocab_size, 48))
-    assert offered == [table, stream] + layer * (3 if unroll else 1)
+    assert offered == [stream] + layer * (3 if unroll else 1)

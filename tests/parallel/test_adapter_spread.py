@@ -24,6 +24,7 @@ def found():
     return {entry["case"]: entry for entry in entries}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_mesh_equals_one_device(found, name):
     entry = found[name]

@@ -209,6 +209,7 @@ def test_exporting(on_published, tmp_path, capsys):
 # --- reinforcement learning -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rl_samples_with_the_adapter_that_it_trains(tmp_path):
     start = tmp_path / "start"
     model = new_model(ModelConfig(), 0)
