@@ -30,6 +30,6 @@ def test_the_devices_of_the_mesh_choose_the_backend():
 @pytest.mark.parametrize("backend", ["xla", "tpu"])
 def test_spread_over_rows_queries_and_heads(backend):
     words = [sys.executable, "-m", "tests.parallel.attention_worker", backend]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["relative_difference"] <= 1e-5
