@@ -45,7 +45,8 @@ def head_logprobs(
 
     def local(head: Any, hidden: Array, targets: Array) -> Array:
         if isinstance(head, AdaptedMatrix):
-            base, a = (gathered(part, embed_axes, axis=0) for part in (head.base, head.a))
+            parts: Any = (head.base, head.a)
+            base, a = (gathered(part, embed_axes, axis=0) for part in parts)
             head = dataclasses.replace(head, base=base, a=a)
         else:
             head = gathered(head, embed_axes, axis=0)
