@@ -86,7 +86,15 @@ def plan_block() -> str:
 
 def _plan_name(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
-    return f"{plan['topology']}, {mesh}, remat {plan['remat']}"
+    return f"{_PROGRAMS[plan['program']]}, {mesh}, remat {plan['remat']}"
+
+
+_PROGRAMS = {"sft": "SFT", "rl": "P-GRPO"}
+
+
+def _bracket(bounds: dict[str, float], digits: int) -> str:
+    low, high = sorted(bounds.values())
+    return f"{low:,.{digits}f} to {high:,.{digits}f}"
 
 
 _PLAN_ROWS = (
@@ -97,6 +105,8 @@ _PLAN_ROWS = (
     ),
     ("FLOP compiled / traced", lambda p: f"{p['flops_agreement']:.4f}"),
     ("GB sent per device and step", lambda p: f"{p['wire_gb']:.0f}"),
+    ("seconds per step, bracket", lambda p: _bracket(p["step_s"], 1)),
+    ("tokens per second, bracket", lambda p: _bracket(p["tokens_per_s"], 0)),
     ("CPU seconds to compile", lambda p: f"{p['compile_cpu_s']:.0f}"),
 )
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.forests import random_forests, random_hidden
 from tests.kernels.dense_oracle import dense_attention, dense_mask
 from tw_jax.kernels import plan_tiles, tree_attention
-from tw_jax.kernels.tile_sizes import default_tile
+from tw_jax.kernels.tile_sizes import default_tile, tile_sizes
 
 ROWS, ROW_LEN, TILE = 2, 75, 16  # the length is no multiple of the tile
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -233,8 +233,21 @@ def test_temporary_memory_is_linear_in_the_row():
     assert temporary_bytes(dense, 2048) >= 20 * long
 
 
-def test_default_tile_is_small_for_short_rows():
-    assert [default_tile(n) for n in (5, 16, 17, 48, 64, 4096)] == [16, 16, 32, 64, 64, 64]
+def test_default_tile_grows_with_the_row():
+    lengths = (5, 16, 17, 48, 64, 2048, 4096)
+    assert [default_tile(n) for n in lengths] == [16, 16, 32, 64, 64, 64, 256]
+
+
+def test_default_tiles_divide_a_part_of_the_queries():
+    assert tile_sizes("xla", row_len=8192, q_len=8192 // 4) == (256, 256)
+    assert tile_sizes("xla", row_len=8320, q_len=8320 // 2) == (64, 256)
+    assert tile_sizes("xla", row_len=128, q_len=16) == (16, 64)
+
+
+def test_the_mask_of_a_long_row_stays_small():
+    end = jax.ShapeDtypeStruct((1, 40_960), jnp.int32)
+    arrays = jax.tree.leaves((end, jax.eval_shape(plan_tiles, end)))
+    assert sum(x.size * x.dtype.itemsize for x in arrays) <= 500_000
 
 
 def test_errors_name_the_choices():
