@@ -195,7 +195,10 @@ def _skipping() -> dict[str, Any]:
 def _temporary(attention: Callable, row_len: int) -> int:
     """Bytes of temporary memory, forward and backward, from the compiler."""
     end = np.full((1, row_len), row_len, np.int32)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(_inputs, row_len)]
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for x in jax.eval_shape(functools.partial(_inputs, row_len))
+    ]
     return _both_ways(attention).lower(*shapes, end).compile().memory_analysis().temp_size_in_bytes
 
 
