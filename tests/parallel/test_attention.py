@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tw_jax.parallel.attention import backend_on
+from tw_jax.errors import UserError
+from tw_jax.parallel.attention import backend_on, check_backend
 from tw_jax.parallel.layout import Layout, ShardingRules
 
 
@@ -24,6 +25,15 @@ def test_the_devices_of_the_mesh_choose_the_backend():
     assert backend_on(layout_of("tpu"), "xla") == "xla"
     assert backend_on(layout_of("cpu"), "tpu") == "tpu"
     assert backend_on(None) == "xla"  # the tests run on CPU
+
+
+def test_a_kernel_for_other_devices_is_refused_at_once():
+    for fine in ("auto", "xla"):
+        check_backend(None, fine)
+    check_backend(layout_of("tpu"), "tpu")
+    for layout, choice in ((None, "tpu"), (None, "gpu"), (layout_of("tpu"), "gpu")):
+        with pytest.raises(UserError, match=f"memory.attention={choice}.*take auto or xla"):
+            check_backend(layout, choice)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tw_jax.kernels import plan_tiles, tree_attention
 from tw_jax.kernels.grouped_matmul import grouped_matmul, tile_rows
 from tw_jax.models import graphdef, init_params
 from tw_jax.models.config import preset
+from tw_jax.models.remat import rematerialised
 from tw_jax.planning.flops import clean_scope, count_flops
 from tw_jax.planning.hlo import parse_hlo
 from tw_jax.planning.hlo_cost import ProgramCost
@@ -178,3 +179,23 @@ def test_grouped_products_count_the_rows_of_the_platforms_branch():
     scopes = {"grouped_matmul": 6.0, "ragged_dot_general": 0.5}
     assert count_flops(traced, scopes, "tpu").total == 2 * 64 * 8 * 5 * 0.5
     assert count_flops(traced, scopes, "cuda").total == 6 * 2 * tile_rows(64, 4) * 8 * 5
+
+
+def test_a_kernel_whose_results_nobody_reads_is_not_counted():
+    """Under a policy that keeps attention's result, its forward kernel runs once."""
+    end = jnp.full((1, 256), 256, jnp.int32)
+    plan = plan_tiles(end, backend="tpu")
+
+    def forward_work(remat):
+        def layer(x, _):
+            return x + tree_attention(x, x, x, end, plan=plan), None
+
+        def loss(x):
+            body = rematerialised(layer, remat, in_scan=True)
+            return jax.lax.scan(body, x, jnp.arange(2))[0].sum()
+
+        traced = jax.make_jaxpr(jax.grad(loss))(jnp.ones((1, 256, 1, 128)))
+        return count_flops(traced, {"tree_attention": 1.0}, "tpu").within("tree_attention_forward")
+
+    assert forward_work("block") == forward_work("none") > 0
+    assert forward_work("full") == 2 * forward_work("none")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from tw_jax.kernels.attention import best_backend, tree_attention
+from tw_jax.errors import UserError
+from tw_jax.kernels.attention import best_backend, platform_of, tree_attention
 from tw_jax.kernels.tile_plan import Hidden, TilePlan, plan_tiles
 from tw_jax.parallel.layout import Layout
 
@@ -34,6 +35,20 @@ def backend_on(layout: Layout | None, choice: str = "auto") -> str:
     if layout is None:
         return best_backend(jax.devices()[0])
     return best_backend(layout.mesh.devices.flat[0])
+
+
+def check_backend(layout: Layout | None, choice: str) -> None:
+    """Refuses a kernel that the devices cannot run, before anything is made or compiled.
+
+    Raises:
+      UserError: the kernel is for other devices.
+    """
+    device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
+    if choice not in ("auto", "xla", best_backend(device)):
+        raise UserError(
+            f"memory.attention={choice}: that kernel is not for the devices here, which are "
+            f"{platform_of(device)}: take auto or xla"
+        )
 
 
 def plan_tiles_on(

@@ -80,10 +80,12 @@ class ParallelConfig:
         full = {axis: size or 1 for axis, size in sizes.items()}
         if int(np.prod(list(full.values()))) != devices:
             asked = " x ".join(f"{axis} {size}" for axis, size in full.items() if size > 1)
+            axis = PRESETS[self.preset]
+            free = f", or leave parallel.{axis} out and it takes what the others leave"
             raise UserError(
                 f"parallel: the mesh {asked or 'of 1 device'} does not use the {devices} devices "
-                f"that there are: choose sizes whose product is {devices}, or leave "
-                f"parallel.{PRESETS[self.preset]} out and it takes what the others leave"
+                f"that there are: choose sizes whose product is {devices}"
+                + (free if getattr(self, axis) is not None else "")
             )
         return full
 

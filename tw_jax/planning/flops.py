@@ -82,7 +82,18 @@ def clean_scope(path: str) -> str:
 
 
 def _live(jaxpr: Jaxpr) -> Jaxpr:
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+    """What a compiler keeps. JAX itself never drops a Pallas kernel; compilers drop unread ones."""
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    atoms = [atom for eqn in live.eqns for atom in eqn.invars] + list(live.outvars)
+    read = {id(atom) for atom in atoms}
+
+    def is_read(eqn: JaxprEqn) -> bool:
+        return bool(eqn.effects) or any(id(result) in read for result in eqn.outvars)
+
+    kernels = "pallas_call"
+    return live.replace(
+        eqns=[eqn for eqn in live.eqns if eqn.primitive.name != kernels or is_read(eqn)]
+    )
 
 
 def _walk(

@@ -23,6 +23,7 @@ from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
 from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
 from tw_jax.models.lora import AdapterConfig
+from tw_jax.parallel.attention import check_backend
 from tw_jax.parallel.layout import Layout
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.rewards.grading import Graded, grade
@@ -154,6 +155,7 @@ def run_rl(config: RLConfig) -> RLResult:
     if jax.process_count() > 1:
         raise UserError("rl runs in one process so far, on all devices that it sees")
     layout = make_layout(config.parallel)
+    check_backend(layout, config.memory.attention)
     if layout is not None:
         layout.check_rows(config.rows, config.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")

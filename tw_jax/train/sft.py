@@ -30,6 +30,7 @@ from tw_jax.data.pipeline import RandomAccess, packed_batches
 from tw_jax.data.sources import TaskTrajectories, file_trajectories
 from tw_jax.errors import UserError
 from tw_jax.models.lora import AdapterConfig
+from tw_jax.parallel.attention import check_backend
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.tasks.task import Split
@@ -171,6 +172,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     """
     began = time.monotonic()
     layout = make_layout(config.parallel)
+    check_backend(layout, config.memory.attention)
     if layout is not None:
         layout.check_rows(config.data.rows, config.data.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
