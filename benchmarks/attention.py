@@ -1,18 +1,20 @@
 """Tree attention on CPU against dense masks: exactness, memory, and time in turns.
 
-| key | what it is |
-|---|---|
-| max_rel_error_f32, max_rel_error_bf16 | output and gradients against the dense oracle, random forests and native blocks, relative to each tensor's largest entry |
-| mask_bytes_40960 | everything that says who sees whom, for one row: the mask's integers and the tile plan |
-| speedup_vs_dense | row of eight packed tries, 8,192 tokens, against a dense boolean mask, forward and backward |
-| speedup_causal | one causal row of 2,048 tokens, against the fastest of an einsum and `jax.nn.dot_product_attention` with a mask or `is_causal` |
-| speedup_trie | one trie of 4,096 tokens against the dense mask |
-| skip_overhead | time over what fewer live tiles should take, the worst of 2 to 12 trees in a row of 8,192 |
-| tile_waste | area of the live tiles of 128 over visible pairs, the row of eight tries |
-| temp_memory_ratio, temp_memory_growth | temporary memory over the dense path's at 8,192 tokens; growth when the row doubles |
+max_rel_error_f32, max_rel_error_bf16: output and gradients against the dense oracle, random forests
+    and native blocks, relative to each tensor's largest entry.
+mask_bytes_40960: all that says who sees whom in one row: the mask's integers and the tile plan.
+speedup_vs_dense: a row of eight packed tries, 8,192 tokens, against a dense boolean mask, forward
+    and backward.
+speedup_causal: one causal row of 2,048 tokens, against the fastest of an einsum and
+    `jax.nn.dot_product_attention` with a mask or `is_causal`.
+speedup_trie: one trie of 4,096 tokens against the dense mask.
+skip_overhead: time over what fewer live tiles should take, the worst of several trees in a row.
+tile_waste: area of the live tiles of 128 over visible pairs, the row of eight tries.
+temp_memory_ratio, temp_memory_growth: temporary memory over the dense path's at 8,192 tokens; its
+    growth when the row doubles.
 
 Times are medians of runs that take turns, so that other load hits all alike.
-"""  # noqa: E501 - a table
+"""
 
 import functools
 import statistics
@@ -37,7 +39,7 @@ TREES = (2, 4, 8, 12)
 
 
 def run() -> dict[str, Any]:
-    """All keys of the module's table, with the seconds that the ratios are made of."""
+    """All keys of the module's docstring, with the seconds that the ratios are made of."""
     result: dict[str, Any] = {}
     for dtype, name in ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
         result[f"max_rel_error_{name}"] = max(_error(seed, dtype) for seed in range(8))

@@ -36,7 +36,7 @@ def interpreter():
 @pytest.fixture
 def plain_interpreter():
     """Checks less, but has no side effects, which `jax.checkpoint` would refuse."""
-    with pltpu.force_tpu_interpret_mode(True):  # type: ignore[arg-type]
+    with pltpu.force_tpu_interpret_mode(True):
         yield
 
 

@@ -4,22 +4,15 @@ It says that layouts, on-chip memory and scalar memory are right; only a TPU say
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tw_jax.errors import UserError
-from tw_jax.planning.tpu_environment import compiler_environment, libtpu_version
+from tests.libtpu import needs_libtpu
+from tw_jax.planning.tpu_environment import compiler_environment
 
-try:
-    libtpu_version(os.environ)
-except UserError as error:
-    WHY = str(error)
-else:
-    WHY = ""
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY), reason=WHY)]
+pytestmark = [pytest.mark.slow, needs_libtpu]
 
 CASES = {
     "8k": [{"dtype": d, "depth": h} for d in ("bfloat16", "float32") for h in (0, 1)],

@@ -5,7 +5,6 @@ Nothing here runs on a TPU, and the kernel has no interpreter: what it computes 
 
 import functools
 import json
-import os
 import subprocess
 import sys
 
@@ -16,18 +15,10 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_pa
 
 from tests.kernels import compile_paged_tpu
 from tests.kernels.paged_oracle import LAYER, dense, lay_out, random_queries, random_rows
-from tw_jax.errors import UserError
+from tests.libtpu import needs_libtpu
 from tw_jax.kernels.page_pool import PagedShape
 from tw_jax.kernels.paged_attention_tpu import paged_attention_tpu, ragged_batch, tpu_obstacle
-from tw_jax.planning.tpu_environment import compiler_environment, libtpu_version
-
-try:
-    LIBTPU = libtpu_version(os.environ)
-except UserError as error:
-    LIBTPU, WHY = "", str(error)
-else:
-    WHY = ""
-needs_libtpu = pytest.mark.skipif(not LIBTPU, reason=WHY)
+from tw_jax.planning.tpu_environment import compiler_environment
 
 
 def reference_kernel(q, pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sm_scale, **blocks):

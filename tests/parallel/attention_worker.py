@@ -45,7 +45,7 @@ def compare(backend: str) -> float:
 
     exact = out_and_grads(dense_attention)(*inputs, end, None)
     # The plain interpreter: the TPU one waits for ever for devices that share two cores.
-    with pltpu.force_tpu_interpret_mode(True):  # type: ignore[arg-type]
+    with pltpu.force_tpu_interpret_mode(True):
         found = out_and_grads(spread)(*inputs, end, None)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
     return max(float(np.abs(np.asarray(a - b)).max() / np.abs(b).max()) for a, b in pairs)

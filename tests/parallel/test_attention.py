@@ -16,7 +16,7 @@ from tw_jax.parallel.layout import Layout, ShardingRules
 def layout_of(platform: str) -> Layout:
     """A layout whose mesh has one device of a platform that need not exist here."""
     devices = np.array([SimpleNamespace(platform=platform)])
-    return Layout(SimpleNamespace(devices=devices), ShardingRules())  # type: ignore[arg-type]
+    return Layout(SimpleNamespace(devices=devices), ShardingRules())
 
 
 def test_the_devices_of_the_mesh_choose_the_backend():

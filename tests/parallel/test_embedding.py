@@ -25,7 +25,10 @@ def test_a_frequent_token_loses_no_gradient(param_dtype):
     """4,096 addends of 1: in bfloat16 the sum would stop growing at 256."""
     table = jnp.zeros((2, 4), param_dtype)
     tokens = jnp.ones((1, 4096), jnp.int32)
-    loss = lambda table: embedding_rows(table, tokens, jnp.bfloat16).astype(jnp.float32).sum()  # noqa: E731
+
+    def loss(table):
+        return embedding_rows(table, tokens, jnp.bfloat16).astype(jnp.float32).sum()
+
     gradient = jax.grad(loss)(table)
     assert gradient.dtype == param_dtype
     np.testing.assert_array_equal(gradient, [[0.0] * 4, [4096.0] * 4])

@@ -8,13 +8,13 @@ from jax.sharding import PartitionSpec as P
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.kernels import plan_tiles, tree_attention
-from tw_jax.kernels.grouped_matmul import grouped_matmul, tile_rows
+from tw_jax.kernels.grouped_matmul import SCOPE, grouped_matmul, tile_rows
 from tw_jax.models import graphdef, init_params
 from tw_jax.models.config import preset
 from tw_jax.models.remat import rematerialised
 from tw_jax.planning.flops import clean_scope, count_flops
 from tw_jax.planning.hlo import parse_hlo
-from tw_jax.planning.hlo_cost import ProgramCost
+from tw_jax.planning.hlo_cost import RAGGED_DOT, ProgramCost
 from tw_jax.train.update import MemoryConfig, nll_sum
 
 
@@ -176,7 +176,7 @@ def test_grouped_products_count_the_rows_of_the_platforms_branch():
     x, kernels = jnp.zeros((64, 8)), jnp.zeros((4, 8, 5))
     sizes = jnp.full(4, 8, jnp.int32)
     traced = jax.make_jaxpr(grouped_matmul)(x, kernels, sizes)
-    scopes = {"grouped_matmul": 6.0, "ragged_dot_general": 0.5}
+    scopes = {SCOPE: 6.0, RAGGED_DOT: 0.5}
     assert count_flops(traced, scopes, "tpu").total == 2 * 64 * 8 * 5 * 0.5
     assert count_flops(traced, scopes, "cuda").total == 6 * 2 * tile_rows(64, 4) * 8 * 5
 

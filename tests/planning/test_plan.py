@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import pytest
 
+from tests.libtpu import LIBTPU, needs_libtpu
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.errors import UserError
@@ -20,14 +20,6 @@ from tw_jax.planning.hlo_cost import ProgramCost
 from tw_jax.planning.programs import live_tiles, model_of, programs
 from tw_jax.planning.search import candidates, meshes
 from tw_jax.planning.tpu_environment import libtpu_version
-
-try:
-    LIBTPU = libtpu_version(os.environ)
-except UserError as error:
-    LIBTPU, WHY = "", str(error)
-else:
-    WHY = ""
-needs_libtpu = pytest.mark.skipif(not LIBTPU, reason=WHY)
 
 TINY = ["model=tiny", "row_len=512", "memory.head_chunk=1024", "compute_dtype=float32"]
 

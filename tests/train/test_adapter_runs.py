@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from tests.small_tokenizer import bpe_tokenizer
+from tests.train.crash import crashed_and_restarted
 from tests.train.test_import_export import publish
 from tests.train.test_rl import SMALL as SMALL_RL
 from tests.train.test_sft import SMALL, losses
@@ -70,17 +71,8 @@ def test_a_run_is_loaded_merged(uninterrupted):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
-    class Crash(Exception):
-        pass
-
-    def crash(step, params):
-        if step == 6:  # two steps behind the checkpoint
-            raise Crash
-
     folder = tmp_path / "crashed"
-    with pytest.raises(Crash):
-        run_sft(config_in(folder), hooks=[(1, crash)])
-    result = run_sft(config_in(folder))
+    result = crashed_and_restarted(config_in(folder), 6)  # two steps behind the checkpoint
     whole, expected = uninterrupted
     assert losses(folder) == losses(whole)
     jax.tree.map(np.testing.assert_array_equal, result.model.params, expected.model.params)

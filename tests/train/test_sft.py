@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.train.crash import crashed_and_restarted
 from tw_jax.config import to_yaml
 from tw_jax.data.trajectory_file import export_task
 from tw_jax.errors import UserError
@@ -58,17 +59,8 @@ def test_the_loss_falls_and_the_run_folder_is_complete(uninterrupted):
 
 
 def test_a_run_stopped_by_a_hook_and_restarted_continues_bit_for_bit(uninterrupted, tmp_path):
-    class Crash(Exception):
-        pass
-
-    def crash(step, params):
-        if step == 6:  # two steps behind the checkpoint
-            raise Crash
-
     folder = tmp_path / "crashed"
-    with pytest.raises(Crash):
-        run_sft(config_in(folder), hooks=[(1, crash)])
-    result = run_sft(config_in(folder))
+    result = crashed_and_restarted(config_in(folder), 6)  # two steps behind the checkpoint
     whole, expected = uninterrupted
     assert losses(folder) == losses(whole)
     jax.tree.map(np.testing.assert_array_equal, result.model.params, expected.model.params)

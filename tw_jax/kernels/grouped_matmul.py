@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 _SMALLEST_TILE, _LARGEST_TILE = 8, 512  # rows
-_SCOPE = "grouped_matmul"  # by which planners find loops whose length is data
+SCOPE = "grouped_matmul"  # by which planners find loops whose length is data
 
 
 @jax.custom_vjp
@@ -35,7 +35,7 @@ def grouped_matmul(
       The products, accumulated and returned in float32.
     """
     kernels = kernels.astype(x.dtype)
-    with jax.named_scope(_SCOPE):
+    with jax.named_scope(SCOPE):
         out = jax.lax.platform_dependent(x, kernels, group_sizes, tpu=_ragged, default=_tiled)
     return _within(out, group_sizes)
 
@@ -53,7 +53,7 @@ def _forward_rule(x, kernels, group_sizes):
 def _backward_rule(saved, d_out):
     x, kernels, group_sizes = saved
     d_out = _within(d_out, group_sizes).astype(x.dtype)
-    with jax.named_scope(_SCOPE):
+    with jax.named_scope(SCOPE):
         d_x = jax.lax.platform_dependent(
             d_out,
             kernels.astype(x.dtype),

@@ -97,7 +97,7 @@ class AdaptedMatrix(StoredMatrix):
         return (base.astype(jnp.float32) + self.scale * change).astype(base.dtype)
 
     @property
-    def T(self) -> "AdaptedMatrix":  # noqa: N802 - as arrays call it
+    def T(self) -> "AdaptedMatrix":
         """The matrix transposed."""
         assert not isinstance(self.base, StoredMatrix)
         return AdaptedMatrix(self.base.T, self.b.T, self.a.T, self.scale)

@@ -16,11 +16,10 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
-from tw_jax.planning.hlo_cost import valid_positions
+from tw_jax.planning.hlo_cost import RAGGED_DOT, valid_positions
 
 _TRANSFORM = re.compile(r"^(jvp|transpose|vmap|remat)\((.*)\)$")
 _RECOMPUTED = "rematted_computation"
-RAGGED_DOT = "ragged_dot_general"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ from tw_jax.planning.hlo import Computation, Instruction, Module
 
 # Opcodes that run another computation as a whole. The scalar functions of reductions, sorts and
 # scatters are none of them; `-done` repeats what `-start` named.
+# Key of `scopes` for the share of a ragged product's rows that belong to any of its groups.
+RAGGED_DOT = "ragged_dot_general"
 _CALLS = ("fusion", "call", "call-start", "async-start", "custom-call")
 _FUNCTION_ATTRIBUTES = ("calls", "to_apply")
 
@@ -66,13 +68,13 @@ def ragged_dot_flops(
 ) -> float:
     """Work of the TPU compiler's own kernel for `jax.lax.ragged_dot`; 0 for anything else.
 
-    The kernel skips rows behind the last group: `scopes["ragged_dot_general"]` is the share that it
+    The kernel skips rows behind the last group: `scopes[RAGGED_DOT]` is the share that it
     does not skip.
     """
     if instruction.opcode != "custom-call" or "ragged_dot_tiling" not in instruction.attributes:
         return 0.0
     rows = computation.operands(instruction)[-2].types[0].dims
-    share = scopes.get("ragged_dot_general", 1.0)
+    share = scopes.get(RAGGED_DOT, 1.0)
     return 2 * math.prod(rows) * instruction.types[0].dims[-1] * share
 
 

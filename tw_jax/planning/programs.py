@@ -15,7 +15,7 @@ import numpy as np
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.errors import UserError
-from tw_jax.kernels.grouped_matmul import tile_rows
+from tw_jax.kernels.grouped_matmul import SCOPE, tile_rows
 from tw_jax.kernels.tile_sizes import tile_sizes
 from tw_jax.models import graphdef
 from tw_jax.models.config import Qwen3Config, preset
@@ -24,7 +24,7 @@ from tw_jax.parallel.attention import backend_on
 from tw_jax.parallel.layout import Layout
 from tw_jax.parallel.mesh import ParallelConfig
 from tw_jax.planning.config import PlanConfig
-from tw_jax.planning.flops import RAGGED_DOT
+from tw_jax.planning.hlo_cost import RAGGED_DOT
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.state import new_state
 from tw_jax.tasks.character_tokenizer import load_tokenizer
@@ -181,7 +181,7 @@ def _expert_scopes(model: Qwen3Config, layout: Layout, local_tokens: int) -> dic
     own_rows = local_tokens * model.moe.num_experts_per_tok
     groups = model.moe.num_experts // devices
     tiles = own_rows / tile_rows(own_rows * devices, groups) + groups / 2
-    return {"grouped_matmul": tiles, RAGGED_DOT: 1 / devices}
+    return {SCOPE: tiles, RAGGED_DOT: 1 / devices}
 
 
 def _decode(config: PlanConfig, layout: Layout) -> Program:
