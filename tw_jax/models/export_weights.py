@@ -20,7 +20,6 @@ import math
 import os
 import pathlib
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ from tw_jax.models.safetensors_file import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from tw_jax.models.weight_names import Piece, pieces_of
 from tw_jax.parallel.processes import is_first_process, led_by_first_process
 
-_BLOCK_BYTES = 8 << 20  # written at once
+_BLOCK_BYTES = 4 << 20  # written at once
 _CODES = {str(dtype): code for code, dtype in FLOAT_DTYPES.items()}
 _NOTHING = np.empty(0)
 
@@ -162,12 +161,11 @@ def _write_weights(
 ) -> None:
     """Writes all files; `check` comes before each."""
     with concurrent.futures.ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 1))) as pool:
-        blocks = _Blocks(pool)
         for name, tensors in files.items():
             check()
             matrices = _matrices(tensors)
             try:
-                _write_file(folder / name, tensors, matrices, dtype, blocks)
+                _write_file(folder / name, tensors, matrices, dtype, pool)
             except Exception:
                 if jax.process_count() > 1:
                     _exhaust(matrices)  # the others gather the rest of this file
@@ -223,7 +221,7 @@ def _write_file(
     tensors: Sequence[_Tensor],
     matrices: Iterator[np.ndarray],
     dtype: np.dtype,
-    blocks: "_Blocks",
+    pool: concurrent.futures.Executor,
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -244,45 +242,31 @@ def _write_file(
         for tensor in tensors:
             at = data + header[tensor.piece.tensor]["data_offsets"][0]
             # Taken in the call, so that it is gone when the next one is made.
-            blocks.write(file.fileno(), at, next(matrices), tensor.piece.transpose, dtype)
+            transpose = tensor.piece.transpose
+            _write_matrix(file.fileno(), at, next(matrices), transpose, dtype, pool)
 
 
-class _Blocks:
-    """Writes matrices in blocks: threads transpose and convert them, one at a time writes.
+def _write_matrix(
+    descriptor: int,
+    at: int,
+    matrix: np.ndarray,
+    transpose: bool,
+    dtype: np.dtype,
+    pool: concurrent.futures.Executor,
+) -> None:
+    """Writes a matrix `[in, out]` to a place in a file, transposed or not."""
+    matrix = matrix.T if transpose else matrix
+    row_bytes = math.prod(matrix.shape[1:]) * dtype.itemsize
 
-    File systems let one thread write to a file at a time; more would wait for it on the processor.
-    """
+    def write(first: int) -> None:
+        rows = matrix[first : first + step]
+        block = np.empty(rows.shape, dtype)
+        copy_rows(block, rows)
+        _write_all(descriptor, block, at + first * row_bytes)
 
-    def __init__(self, pool: concurrent.futures.Executor):
-        self._pool = pool
-        self._writing = threading.Lock()
-        self._own = threading.local()  # a buffer for each thread
-
-    def write(
-        self, descriptor: int, at: int, matrix: np.ndarray, transpose: bool, dtype: np.dtype
-    ) -> None:
-        """Writes a matrix `[in, out]` to a place in a file, transposed or not."""
-        matrix = matrix.T if transpose else matrix
-        row_bytes = math.prod(matrix.shape[1:]) * dtype.itemsize
-        step = max(1, _BLOCK_BYTES // row_bytes)
-
-        def write(first: int) -> None:
-            rows = matrix[first : first + step]
-            block = self._buffer(rows.shape, dtype)
-            copy_rows(block, rows)
-            with self._writing:
-                _write_all(descriptor, block, at + first * row_bytes)
-
-        for _ in self._pool.map(write, range(0, len(matrix), step)):
-            pass  # raises what the thread raised
-
-    def _buffer(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Memory of this thread, the same each time: fresh pages cost as much as the copy."""
-        size = math.prod(shape) * dtype.itemsize
-        buffer = getattr(self._own, "buffer", None)
-        if buffer is None or buffer.nbytes < size:
-            buffer = self._own.buffer = np.empty(max(size, _BLOCK_BYTES), np.uint8)
-        return buffer[:size].view(dtype).reshape(shape)
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for _ in pool.map(write, range(0, len(matrix), step)):
+        pass  # raises what the thread raised
 
 
 def _write_all(descriptor: int, block: np.ndarray, at: int) -> None:

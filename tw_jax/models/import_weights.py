@@ -28,7 +28,7 @@ from tw_jax.models.safetensors_file import FLOAT_DTYPES, TensorEntry, list_tenso
 from tw_jax.models.weight_location import WeightFolder, open_folder
 from tw_jax.models.weight_names import RULES, Piece, pieces_of
 
-_BLOCK_BYTES = 4 << 20  # read at once; also what a request over the network asks for
+_BLOCK_BYTES = 8 << 20  # read at once; also what a request over the network asks for
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _OBSOLETE = "rotary_emb.inv_freq"  # a constant that old files carry along
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-# A tile that is read by columns and written by rows stays in the first-level caches.
-_TILE_ROWS, _TILE_COLUMNS = 64, 256
+# Of a transposed copy, in the target's memory order: as much as the second-level cache holds, since
+# fewer and longer copies let threads wait less for each other.
+_TILE_ROWS, _TILE_COLUMNS = 2048, 128
 _BITS = {2: np.uint16, 4: np.uint32}
 
 
@@ -21,6 +22,8 @@ def copy_rows(target: np.ndarray, source: np.ndarray) -> None:
     if target.ndim < 2 or source.flags.c_contiguous == target.flags.c_contiguous:
         target[...] = source
         return
+    if target.strides[0] < target.strides[1]:
+        target, source = target.T, source.T
     for row in range(0, target.shape[0], _TILE_ROWS):
         rows = slice(row, row + _TILE_ROWS)
         for column in range(0, target.shape[1], _TILE_COLUMNS):
