@@ -1,5 +1,6 @@
 """Requests that lead the engine through every branch of its policy, and their oracle rollouts."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -22,6 +23,8 @@ ENGINE = EngineConfig(
     prefill_chunk=8,
     steps_per_dispatch=40,
 )
+# Rows and areas have sizes that nothing else has: compiled programs are searched for them.
+LOOP = dataclasses.replace(ENGINE, context_len=130, rows=11, requests=7, steps_per_dispatch=16)
 BASE = SamplingParams(max_response_tokens=90, max_thread_tokens=12, max_blocks=3, max_threads=4)
 
 
@@ -40,6 +43,14 @@ def request(seed: int, prefix: str = "", prompt: str = "<bos>ab", mode="parallel
         mode=mode,
         forced_prefix=tuple(ids(prefix)),
     )
+
+
+def small_requests(count: int = 12, **sampling) -> list[Request]:
+    """Every other one begins with a list of plans."""
+    return [
+        request(i, plans("1", "2", "3") if i % 2 else "", max_response_tokens=70, **sampling)
+        for i in range(count)
+    ]
 
 
 def named_requests() -> dict[str, Request]:

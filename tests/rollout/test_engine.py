@@ -8,30 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.rollout.scenarios import ENGINE, MAX_DIGITS, plans, request, scenarios
+from tests.rollout.scenarios import (
+    ENGINE,
+    LOOP,
+    MAX_DIGITS,
+    plans,
+    request,
+    scenarios,
+    small_requests,
+)
 from tests.rollout.small_world import CONFIG, ids, make_model, make_schema
 from tw_jax.errors import UserError
 from tw_jax.models import graphdef
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import Request
 
-# Rows and areas have sizes that nothing else has: the compiled text is searched for them.
-ROWS, REQUESTS = 11, 7
-LOOP = dataclasses.replace(
-    ENGINE, context_len=130, rows=ROWS, requests=REQUESTS, steps_per_dispatch=16
-)
-
 
 @pytest.fixture(scope="module")
 def engine():
     return RolloutEngine(make_model()[0], make_schema(), LOOP)
-
-
-def small_requests(count=12, **sampling):
-    return [
-        request(i, plans("1", "2", "3") if i % 2 else "", max_response_tokens=70, **sampling)
-        for i in range(count)
-    ]
 
 
 def token_lists(rollouts):
@@ -102,7 +97,7 @@ def test_the_timeline_is_a_schedule(engine):
     busy.sort()
     for (row, _, end), (next_row, start, _) in zip(busy, busy[1:], strict=False):
         assert row != next_row or end < start
-    assert {row for row, _, _ in busy} <= set(range(ROWS))
+    assert {row for row, _, _ in busy} <= set(range(LOOP.rows))
 
 
 def test_threads_run_side_by_side(engine):
@@ -130,7 +125,7 @@ def test_an_exception_in_the_callback_leaves_a_usable_engine(engine):
 
 def test_no_progress_raises(engine, monkeypatch):
     def stuck(params, state, max_steps, max_finished):
-        return state, np.array([1] * REQUESTS + [0, 5, 3])
+        return state, np.array([1] * LOOP.requests + [0, 5, 3])
 
     monkeypatch.setattr(engine, "advance", stuck)
     with pytest.raises(RuntimeError, match="no progress at step 5"):

@@ -33,6 +33,8 @@ FINISH_REASONS: tuple[FinishReason, ...] = (
     "eos",
     "length",
     "context",
+    "cancelled",
+    "deadline",
 )
 
 

@@ -8,28 +8,28 @@ depend on the `EngineConfig` alone, so after the first `generate` nothing is com
 whatever the requests ask for.
 """
 
-import collections
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from tw_jax.errors import UserError
 from tw_jax.kernels.slot_attention import slot_layout
 from tw_jax.models import Params, Qwen3Config, check_positions
-from tw_jax.rollout.admit import Harvest, admission, admit, harvest
-from tw_jax.rollout.advance import MAX_IDLE_STEPS, advance
-from tw_jax.rollout.assemble import FinishedText, assemble
+from tw_jax.rollout.admit import admit, harvest
+from tw_jax.rollout.advance import advance
 from tw_jax.rollout.outlines import outline_alphabet
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
-from tw_jax.rollout.state import FINISHED, EngineState, Program, new_state
+from tw_jax.rollout.session import Session
+from tw_jax.rollout.spawn_join import interrupt_requests
+from tw_jax.rollout.state import EngineState, Program, new_state
 from tw_jax.trajectory.schema import Schema
 
 OnFinish = Callable[[int, Rollout], None]
@@ -114,6 +114,7 @@ class RolloutEngine:
         _check_fit(self._model_config, schema, config)
         self.program = _program(self._model_config, schema, config)
         self.state: EngineState | None = None
+        self._open = False
         program = self.program
 
         def run(params: Params, state: EngineState, max_steps, max_finished):
@@ -122,8 +123,36 @@ class RolloutEngine:
 
         self.advance = jax.jit(run, donate_argnums=1)
         self._new_state = jax.jit(functools.partial(new_state, program))
-        self._admit = jax.jit(functools.partial(admit, program), donate_argnums=0)
-        self._harvest = jax.jit(functools.partial(harvest, program), donate_argnums=0)
+        self.admit = jax.jit(functools.partial(admit, program), donate_argnums=0)
+        self.harvest = jax.jit(functools.partial(harvest, program), donate_argnums=0)
+        self.interrupt = jax.jit(interrupt_requests, donate_argnums=0)
+
+    @contextlib.contextmanager
+    def session(self, params: Params, *, max_queue: int | None = None) -> Iterator[Session]:
+        """Opens the engine for requests that come and go; one session at a time.
+
+        Requests that still run at the end are dropped.
+
+        Args:
+          params: the model's parameters.
+          max_queue: most requests that wait for a place; None for any number.
+
+        Raises:
+          RuntimeError: a session is open already.
+        """
+        if self._open:
+            raise RuntimeError("the engine has an open session: leave it first")
+        # The state is donated to every call: after a failure in between there is none.
+        state, self.state = self.state, None
+        self._open = True
+        try:
+            session = Session(
+                self, params, self._new_state() if state is None else state, max_queue
+            )
+            yield session
+            self.state = None if session.running else session.state
+        finally:
+            self._open = False
 
     def generate(
         self,
@@ -147,95 +176,25 @@ class RolloutEngine:
           RuntimeError: the engine made no progress, which is a bug of ours.
         """
         for index, request in enumerate(requests):
-            _check_request(index, request, self.config, self._model_config)
-        # The state is donated to every call: after a failure in between there is none.
-        state, self.state = self.state, None
-        run = _Run(self, self._new_state() if state is None else state, requests, on_finish)
-        results = run.to_the_end(params)
-        self.state = run.state
-        return results
+            self.check(f"request {index}", request)
+        results: dict[int, Rollout] = {}
+        with self.session(params) as session:
+            for request in requests:
+                session.submit(request)
+            while session.busy:
+                for index, rollout in session.poll():
+                    results[index] = rollout
+                    if on_finish is not None:
+                        on_finish(index, rollout)
+        return [results[index] for index in range(len(requests))]
 
+    def check(self, name: str, request: Request) -> None:
+        """Checks that the engine can serve a request as asked.
 
-class _Run:
-    """One call of `generate`: which request sits where."""
-
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        state: EngineState,
-        requests: Sequence[Request],
-        on_finish: OnFinish | None,
-    ) -> None:
-        self.engine, self.state = engine, state
-        self.requests, self.on_finish = requests, on_finish
-        self.config, self.program = engine.config, engine.program
-        self.queue = collections.deque(range(len(requests)))
-        self.running: dict[int, int] = {}  # request slot -> index of the request
-        self.results: dict[int, Rollout] = {}
-        self.free_rows = self.config.rows
-        self.first_step = int(state.step)
-        # A parent that waits for its threads holds a row: one row must be left for threads to run.
-        spawning = any(r.mode == "parallel" and r.sampling.max_threads > 1 for r in requests)
-        self.capacity = min(self.config.requests, self.config.rows - spawning)
-
-    def to_the_end(self, params: Params) -> list[Rollout]:
-        """Admits and collects until every request has its rollout."""
-        while self.queue or self.running:
-            self._admit()
-            # With requests in the queue a finished rollout should make room soon; at the end only
-            # the callback waits for it.
-            max_finished = max(1, len(self.running) // 8) if self.queue else len(self.running)
-            self.state, status = self.engine.advance(
-                params, self.state, self.config.steps_per_dispatch, max_finished
-            )
-            self._collect(np.asarray(status))
-        return [self.results[index] for index in range(len(self.requests))]
-
-    def _admit(self) -> None:
-        slots = [slot for slot in range(self.config.requests) if slot not in self.running]
-        room = min(self.capacity - len(self.running), self.free_rows, len(self.queue))
-        arrivals = []
-        for slot in slots[:room]:
-            index = self.queue.popleft()
-            self.running[slot] = index
-            arrivals.append((slot, index, self.requests[index]))
-        if arrivals:
-            self.state = self.engine._admit(self.state, admission(self.program, arrivals))
-            self.free_rows -= len(arrivals)
-
-    def _collect(self, status: np.ndarray) -> None:
-        phase = status[: self.config.requests]
-        self.free_rows, step, idle_steps = (int(n) for n in status[self.config.requests :])
-        if idle_steps >= MAX_IDLE_STEPS:
-            raise RuntimeError(
-                f"the rollout engine made no progress at step {step}: {len(self.running)} active "
-                f"requests, {self.free_rows} of {self.config.rows} rows free. Please report this "
-                "with the engine's configuration; more rows may avoid it."
-            )
-        finished = np.flatnonzero(phase == FINISHED).tolist()
-        if not finished:
-            return
-        self.state, device_harvest = self.engine._harvest(self.state)
-        crop: Harvest = jax.device_get(device_harvest)
-        for slot in sorted(finished, key=self.running.__getitem__):
-            index = self.running.pop(slot)
-            rollout = assemble(self.requests[index], self._text(crop, slot), self.engine.schema)
-            self.results[index] = rollout
-            if self.on_finish is not None:
-                self.on_finish(index, rollout)
-
-    def _text(self, crop: Harvest, slot: int) -> FinishedText:
-        length, blocks = int(crop.length[slot]), int(crop.blocks[slot])
-        return FinishedText(
-            tokens=np.array(crop.tokens[slot, :length]),
-            logprobs=np.array(crop.logprobs[slot, :length]),
-            reason=int(crop.reason[slot]),
-            duplicates=int(crop.duplicates[slot]),
-            segments=np.asarray(crop.records.segments[slot]),
-            blocks=np.asarray(crop.records.blocks[slot, :blocks]),
-            threads=np.asarray(crop.records.threads[slot, :blocks]),
-            first_step=self.first_step,
-        )
+        Raises:
+          UserError: it cannot; says `name`, the field and the remedy.
+        """
+        _check_request(name, request, self.config, self._model_config)
 
 
 def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
@@ -291,9 +250,9 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
     )
 
 
-def _check_request(index: int, request: Request, config: EngineConfig, model: Qwen3Config) -> None:
+def _check_request(name: str, request: Request, config: EngineConfig, model: Qwen3Config) -> None:
     """Refuses a request that the engine cannot serve as asked."""
-    sampling, name = request.sampling, f"request {index}"
+    sampling = request.sampling
     prompt_len, prefix_len = len(request.prompt), len(request.forced_prefix)
     known = [*map(int, request.prompt), *request.forced_prefix]
     if prompt_len == 0:
@@ -323,6 +282,8 @@ def _check_request(index: int, request: Request, config: EngineConfig, model: Qw
         raise UserError(f"{name}: sampling.temperature={sampling.temperature} must be >= 0")
     if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise UserError(f"{name}: sampling.top_k must be >= 0 and 0 < top_p <= 1")
+    if request.timeout_s is not None and not request.timeout_s > 0:
+        raise UserError(f"{name}: timeout_s={request.timeout_s} must be positive")
     if not 0 <= request.seed < 2**64:
         raise UserError(f"{name}: seed={request.seed} must lie in 0..2**64 - 1")
     if request.mode not in ("parallel", "sequential"):

@@ -42,6 +42,7 @@ class Request:
       sampling: see `SamplingParams`.
       mode: "parallel" spawns threads; "sequential" decodes plainly, tags included.
       forced_prefix: first tokens of the response, given instead of sampled; they count as response.
+      timeout_s: seconds from its submission after which the rollout ends where it is; None: never.
     """
 
     prompt: Int32[np.ndarray, "prompt"]
@@ -49,6 +50,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     mode: Mode = "parallel"
     forced_prefix: tuple[int, ...] = ()
+    timeout_s: float | None = None
 
 
 def sampling_seed(*key: int) -> int:

@@ -10,8 +10,9 @@ from tw_jax.trajectory.trajectory import Trajectory
 
 UnitKind = Literal["segment", "thread"]
 # spawn: the unit ended at the spawn trigger; thread_stop: at the thread's closing tag;
-# eos: the model ended its text; length: a token budget was spent; context: the slot was full.
-FinishReason = Literal["spawn", "thread_stop", "eos", "length", "context"]
+# eos: the model ended its text; length: a token budget was spent; context: the slot was full;
+# cancelled: the caller ended it; deadline: its time was up.
+FinishReason = Literal["spawn", "thread_stop", "eos", "length", "context", "cancelled", "deadline"]
 
 
 @dataclasses.dataclass(frozen=True)

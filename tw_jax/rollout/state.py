@@ -27,7 +27,7 @@ from tw_jax.trajectory.schema import ForkJoinTokens
 # Phases of a request slot.
 FREE, SEGMENT, THREADS, FINISHED = range(4)
 # Why a unit or rollout ended; 0 while it runs. Index into `FINISH_REASONS` of assemble.py.
-RUNNING, SPAWN, THREAD_STOP, EOS, LENGTH, CONTEXT = range(6)
+RUNNING, SPAWN, THREAD_STOP, EOS, LENGTH, CONTEXT, CANCELLED, DEADLINE = range(8)
 # Columns of `Threads.outcome`: sampled tokens, why it ended (RUNNING until then), where and when.
 COUNT, REASON, ROW, START_STEP, END_STEP, OUTCOME_FIELDS = range(6)
 # Columns of `Records.segments`: row, first and last step.
@@ -159,6 +159,7 @@ class Requests(_Table):
       ticket: order of admission; older requests get free rows first.
       row: the row of the sequential text and of each block's thread 1.
       key: noise key of the request.
+      prompt_len: tokens of the prompt.
       parallel: may spawn.
       limit: the joined text ends here.
       limit_reason: LENGTH or CONTEXT, whichever sets the limit.
@@ -177,6 +178,7 @@ class Requests(_Table):
     ticket: Int32[Array, "requests"]
     row: Int32[Array, "requests"]
     key: UInt32[Array, "requests 2"]
+    prompt_len: Int32[Array, "requests"]
     parallel: Bool[Array, "requests"]
     limit: Int32[Array, "requests"]
     limit_reason: Int32[Array, "requests"]
@@ -290,6 +292,7 @@ def new_state(program: Program) -> EngineState:
             ticket=ints(requests),
             row=ints(requests),
             key=jnp.zeros((requests, 2), jnp.uint32),
+            prompt_len=ints(requests),
             parallel=flags(requests),
             limit=ints(requests),
             limit_reason=ints(requests),

@@ -1,0 +1,99 @@
+"""What running requests have written so far: for streams and for people who watch."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from tw_jax.rollout.state import COUNT, JOIN_END, REASON, RUNNING, THREADS, EngineState, Program
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveThread:
+    """One thread of the open block.
+
+    Attributes:
+      ordinal: 1, 2, ... in the order of the outlines.
+      tokens: its forced header and what it has sampled.
+      header_len: tokens of the header.
+      ended: it samples no more; it waits for its turn to join.
+    """
+
+    ordinal: int
+    tokens: Int32[np.ndarray, "n"]
+    header_len: int
+    ended: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveText:
+    """One running request.
+
+    The joined text only ever grows: what a thread writes is no part of it until it has joined.
+
+    Attributes:
+      tokens: joined text, prompt included.
+      logprobs: of its sampled tokens; 0 elsewhere.
+      prompt_len: tokens of the prompt.
+      block: index of the open block, -1 between blocks.
+      threads: threads of the open block that have begun.
+    """
+
+    tokens: Int32[np.ndarray, "len"]
+    logprobs: Float32[np.ndarray, "len"]
+    prompt_len: int
+    block: int
+    threads: tuple[LiveThread, ...]
+
+
+def live_texts(program: Program, state: EngineState, slots: Iterable[int]) -> dict[int, LiveText]:
+    """Reads the running requests' texts off the device, by request slot."""
+    wanted = sorted(slots)
+    if not wanted:
+        return {}
+    # Everything but the cache.
+    host: EngineState = jax.device_get(dataclasses.replace(state, cache=None))
+    return {slot: _live_text(program, host, slot) for slot in wanted}
+
+
+def _live_text(program: Program, host: EngineState, slot: int) -> LiveText:
+    requests, threads = host.requests, host.threads
+    area = slot * program.max_threads
+    open_block = requests.phase[slot] == THREADS
+    if open_block:
+        joined = int(threads.next_join[slot]) - 1
+        block = int(requests.block[slot])
+        fork_at = int(threads.fork_at[slot])
+        length = int(host.records.blocks[slot, block, JOIN_END]) if joined else fork_at
+        live = _threads(program, host, slot)
+    else:
+        block, length, live = -1, int(host.rows.n_known[requests.row[slot]]), ()
+    return LiveText(
+        tokens=np.array(host.tokens[area, :length]),
+        logprobs=np.array(host.logprobs[area, :length]),
+        prompt_len=int(requests.prompt_len[slot]),
+        block=block,
+        threads=live,
+    )
+
+
+def _threads(program: Program, host: EngineState, slot: int) -> tuple[LiveThread, ...]:
+    threads, rows = host.threads, host.rows
+    start = int(threads.fork_at[slot]) + len(program.tokens.fork)
+    found = []
+    for ordinal in range(1, int(threads.next_spawn[slot])):
+        header_len = program.fixed_header_len + int(host.reader.number_len[slot, ordinal - 1])
+        outcome = threads.outcome[slot, ordinal - 1]
+        ended = bool(outcome[REASON] != RUNNING)
+        if ended:
+            stop = start + header_len + int(outcome[COUNT])
+        else:
+            mine = rows.live & (rows.request == slot) & (rows.thread == ordinal)
+            stop = int(rows.n_known[np.argmax(mine)])
+        area = slot * program.max_threads + ordinal - 1
+        found.append(
+            LiveThread(ordinal, np.array(host.tokens[area, start:stop]), header_len, ended)
+        )
+    return tuple(found)
