@@ -25,7 +25,8 @@ def table(*params, entries=3, vocab=VOCAB):
 
 def no_context(rows):
     """Of rows that count no tokens."""
-    return lambda: (jnp.zeros((rows, 1), jnp.int32), *[jnp.zeros(rows, jnp.int32)] * 2)
+    nothing = jnp.zeros(rows, jnp.int32)
+    return lambda: (nothing[:, None], nothing, nothing)
 
 
 def sorted_oracle(logits, top_k, top_p, min_p):

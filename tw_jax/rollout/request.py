@@ -27,7 +27,7 @@ class SamplingParams:
         ones; 1 is off.
       repetition_scope: where they occurred: "context" is all that the unit sees, prompt included;
         "unit" only what the segment or thread has sampled itself.
-      logit_bias: pairs of a token id and what is added to its logit; -inf bans it. Tokens that
+      logit_bias: pairs of a token id and what is added to its logit; `-.inf` bans it. Tokens that
         the engine writes itself, such as a thread's header, are not touched.
       max_response_tokens: budget of tokens after the prompt, forced and joined tokens included.
       max_thread_tokens: budget of tokens sampled in one thread.
