@@ -15,7 +15,8 @@ from tw_jax.evals.evaluate import write_json_lines
 from tw_jax.evals.metrics import Style
 from tw_jax.evals.problems import style_request
 from tw_jax.evals.sample import decode_text, printable, sample_from_rollout
-from tw_jax.rewards.grading import grade
+from tw_jax.evals.vote import describe_votes, majority_vote
+from tw_jax.rewards.grading import grade, rollout_answer
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import Request, SamplingParams, sampling_seed
 from tw_jax.rollout.rollout import Rollout
@@ -37,6 +38,8 @@ class GenerateConfig:
       split: which problems of the task.
       count: problems of the task.
       samples_per_prompt: answers to each prompt.
+      vote: let the samples of each prompt vote on its answer (self-consistency). Answers to prompts
+        given as text are read as those of `task`.
       style: "free" lets the model choose; "sequential" never forks. Problems of the task also get
         the first characters that force the style; prompts given as text do not.
       sampling: how answers are drawn; temperature 0 is greedy.
@@ -52,6 +55,7 @@ class GenerateConfig:
     split: Split = "heldout"
     count: int = 3
     samples_per_prompt: int = 1
+    vote: bool = False
     style: Style = "free"
     sampling: SamplingParams = SamplingParams()
     seed: int = 0
@@ -62,6 +66,10 @@ class GenerateConfig:
         for name in ("count", "samples_per_prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.vote and self.samples_per_prompt == 1:
+            raise ValueError("vote=true: needs samples_per_prompt=2 or more")
+        if self.vote and self.sampling.temperature == 0:
+            raise ValueError("vote=true: samples of temperature 0 are all the same; raise it")
 
 
 def run_generate(config: GenerateConfig) -> list[dict[str, Any]]:
@@ -69,8 +77,10 @@ def run_generate(config: GenerateConfig) -> list[dict[str, Any]]:
 
     Returns:
       One object per answer, as written to `config.output`: {"prompt", "response" (all tags kept),
-      "style", "answer", "correct" (both null for prompts given as text), "finish_reason",
-      "total_tokens", "critical_path", "acceleration_ratio", "seed"}.
+      "style", "answer" (null for prompts given as text, unless they vote), "correct" (null for
+      prompts given as text), "voted" (the answer that the prompt's samples voted for; null without
+      a vote or where none states an answer), "finish_reason", "total_tokens", "critical_path",
+      "acceleration_ratio", "seed"}.
 
     Raises:
       UserError: no such run, a prompt that cannot be encoded, or an output that cannot be written.
@@ -95,11 +105,17 @@ def run_generate(config: GenerateConfig) -> list[dict[str, Any]]:
         if problem is not None:
             graded = grade(rollout, problem, task, model.tokenizer, model.schema)
             answer, correct = graded.answer, graded.correct
+        elif config.vote:
+            answer = rollout_answer(rollout, task, model.tokenizer)
         sample = sample_from_rollout(
             rollout, model.tokenizer, style=config.style, answer=answer, correct=correct
         )
         print_sample(console, sample)
         answers.append(_answer(model, request, rollout, sample))
+    if config.vote:
+        for start in range(0, len(answers), config.samples_per_prompt):
+            prompts_answers = answers[start : start + config.samples_per_prompt]
+            console.print(_vote(prompts_answers, model.tokenizer.bos_token or ""))
     if config.output is not None:
         write_json_lines(config.output, answers)
         print(config.output)
@@ -148,6 +164,19 @@ def _threads(threads: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     return row
 
 
+def _vote(answers: Sequence[dict[str, Any]], bos_token: str) -> rich.text.Text:
+    """Sets "voted" in all answers to one prompt; returns the line that tells of the vote."""
+    stated = [answer["answer"] for answer in answers]
+    voted = majority_vote(stated)
+    mark = ""
+    for answer in answers:
+        answer["voted"] = voted
+        if answer["answer"] == voted:
+            mark = {True: ", correct", False: ", wrong", None: ""}[answer["correct"]]
+    line = rich.text.Text(printable(answers[0]["prompt"].removeprefix(bos_token)), style="bold")
+    return line.append(f"  vote{mark}: {printable(describe_votes(stated))}", style="not bold")
+
+
 def _request(
     config: GenerateConfig, model: LoadedModel, index: int, problem: Problem | None, seed: int
 ) -> Request:
@@ -177,6 +206,7 @@ def _answer(
         "style": sample["style"],
         "answer": sample["answer"],
         "correct": sample["correct"],
+        "voted": None,
         "finish_reason": rollout.finish_reason,
         "total_tokens": rollout.total_tokens,
         "critical_path": rollout.critical_path,
