@@ -72,8 +72,8 @@ class TagCursor:
             raise GrammarBreak(
                 "unclosed_block",
                 opened_at,
-                f"{self.tag_names[self.block_open]} at {opened_at} is never closed: the text ends where "
-                f"{self.tag_names[tag]} was expected",
+                f"{self.tag_names[self.block_open]} at {opened_at} is never closed: the text ends "
+                f"where {self.tag_names[tag]} was expected",
             )
         index = int(self.positions[self.next])
         kind = "nested_block" if found == self.block_open else "unexpected_tag"

@@ -91,7 +91,7 @@ def _white_space_errors(
         return []
     opener = block.outlines[0].start
     one_break = [(block.outlines_end, block.threads[0].start), (block.start + 1, block.start + 2)]
-    # The list's own opener stands two tokens before the first plan.
+    # The break before the first plan is one token wide; the opener stands before that.
     one_break += block_checks.plan_list_breaks(block, opener - 1)
     one_break.append((block.threads[-1].end, block.end - 1))
     one_break += [(thread.start + 1, thread.start + 2) for thread in block.threads]
