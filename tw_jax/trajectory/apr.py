@@ -164,14 +164,17 @@ class AprSchema:
                     self._thread_prompt(tokens, message).tokens,
                     tokens[thread.start : thread.body],
                 ]
-                completion = [tokens[thread.body : thread.sampled_end], thread.replaced]
+                completion = [
+                    tokens[thread.body : thread.sampled_end],
+                    np.array(thread.replaced, np.int32),
+                ]
                 units.append(
                     Unit(
                         "thread",
                         index,
                         ordinal,
                         np.concatenate(context),
-                        np.concatenate(completion, dtype=np.int32),
+                        np.concatenate(completion),
                     )
                 )
             start, context_len = block.join_end, joins[index]
