@@ -158,6 +158,11 @@ def test_the_forest_is_the_text_with_replaced_tokens_where_they_were_sampled(
         assert trie.source[leaf - 1] == thread.sampled_end - 1 == trie.source[trie.parent[leaf]]
         assert trie.positions[leaf] == trie.positions[leaf - 1] + 1
         assert trie.visible_end[leaf] == leaf + 1
+    place = {int(source): i for i, source in enumerate(trie.source)}
+    for block in trajectory.blocks:
+        for thread in block.threads:  # headers follow the fork, not the sibling before them
+            before = trie.parent[place[thread.start]]
+            assert trie.source[before] == block.threads[0].start - 1
     sampled = sum(len(unit.completion) for unit in schema.units(trajectory))
     assert sampled == (trie.kind == TokenKind.SAMPLED).sum()
     assert not (trie.kind == TokenKind.JOINED).any()
