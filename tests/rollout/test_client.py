@@ -1,0 +1,177 @@
+"""Rollouts from a completions server equal those of the engine and of the oracle."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.rollout.completions_server import (
+    CompletionsServer,
+    SmallWorldCodec,
+    as_endless,
+    as_generic,
+    as_old_vllm,
+    as_sglang,
+    as_sglang_trimmed,
+    as_vllm,
+)
+from tests.rollout.scenarios import ENGINE, plans, request, scenarios
+from tests.rollout.small_world import ID, make_model, make_schema, text_of
+from tw_jax.errors import UserError
+from tw_jax.rollout.client import ClientConfig, RolloutClient
+from tw_jax.rollout.engine import RolloutEngine
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+def client_of(server, dialect="vllm", **fields):
+    config = ClientConfig(server.url, dialect=dialect, **fields)
+    return RolloutClient(config, make_schema(), SmallWorldCodec())
+
+
+def units_of(rollout):
+    return [
+        (u.kind, u.block, u.thread, u.context_len, u.completion.tolist(), u.finish_reason)
+        for u in rollout.units
+    ]
+
+
+SERVERS = {
+    "vllm": (as_vllm, "vllm"),
+    "old vllm": (as_old_vllm, "vllm"),
+    "sglang": (as_sglang, "sglang"),
+    "sglang, trimmed": (as_sglang_trimmed, "sglang"),
+    "tw_jax": (as_vllm, "tw_jax"),
+    "ignores stops": (as_endless, "vllm"),
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_every_scenario_equals_the_oracle(name):
+    answer, dialect = SERVERS[name]
+    requests, expected = scenarios()
+    with CompletionsServer(answer, tuple(requests.values())) as server:
+        rollouts = client_of(server, dialect).generate(list(requests.values()))
+    for name, rollout in zip(requests, rollouts, strict=True):
+        oracle = expected[name]
+        assert text_of(rollout.trajectory.tokens) == text_of(oracle.tokens), name
+        assert rollout.finish_reason == oracle.reason, name
+        assert rollout.duplicate_outlines == oracle.duplicates, name
+        assert rollout.critical_path == oracle.critical_path, name
+        assert units_of(rollout) == [
+            (u.kind, u.block, u.thread, len(u.context), u.completion, u.reason)
+            for u in oracle.units
+        ], name
+        for ours, theirs in zip(rollout.units, oracle.units, strict=True):
+            known = ~np.isnan(ours.logprobs)
+            assert known.all() or answer is as_sglang_trimmed
+            assert len(ours.logprobs) - known.sum() <= 1 + ours.completion.tolist().count(
+                ID["</Outlines>"]
+            )
+            wanted = np.float32(theirs.logprobs)[known]
+            np.testing.assert_allclose(ours.logprobs[known], wanted, atol=1e-6, rtol=0)
+        assert len(make_schema().units(rollout.trajectory)) == len(rollout.units)
+
+
+def test_greedy_equals_the_engine_whole_rollout():
+    """Parents, spans and log-probabilities too, on greedy variants of every scenario."""
+    requests = [
+        dataclasses.replace(
+            r, sampling=dataclasses.replace(r.sampling, temperature=0.0, top_k=0, top_p=1.0)
+        )
+        for r in scenarios()[0].values()
+    ]
+    engine = RolloutEngine(make_model()[0], make_schema(), ENGINE)
+    expected = engine.generate(make_model()[1], requests)
+    with CompletionsServer(as_vllm, tuple(requests)) as server:
+        rollouts = client_of(server).generate(requests)
+    for ours, theirs in zip(rollouts, expected, strict=True):
+        assert ours.trajectory.tokens.tolist() == theirs.trajectory.tokens.tolist()
+        assert ours.trajectory.blocks == theirs.trajectory.blocks
+        assert ours.trajectory.sampled_start == theirs.trajectory.sampled_start
+        assert units_of(ours) == units_of(theirs)
+        for a, b in zip(ours.units, theirs.units, strict=True):
+            assert (a.parent, a.start) == (b.parent, b.start)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
+        assert ours.finish_reason == theirs.finish_reason
+
+
+def test_a_server_that_speaks_text_alone():
+    """It cannot tell an end of text from a stop: threads and lists then count as stopped."""
+    requests, expected = scenarios()
+    asked = {n: r for n, r in requests.items() if not r.sampling.top_k}
+    with CompletionsServer(as_generic, tuple(asked.values())) as server:
+        rollouts = client_of(server, "generic").generate(list(asked.values()))
+        assert all("stop_token_ids" not in body for body in server.bodies)
+    same = 0
+    for name, rollout in zip(asked, rollouts, strict=True):
+        oracle = expected[name]
+        assert all(np.isnan(unit.logprobs).all() for unit in rollout.units)
+        ends = {u.reason for u in oracle.units if u.kind == "thread"}
+        inside = "<Outlines>" in text_of(oracle.tokens).rpartition("</Outlines>")[2]
+        if "eos" not in ends and not inside:
+            assert text_of(rollout.trajectory.tokens) == text_of(oracle.tokens), name
+            same += 1
+    assert same > len(asked) // 2
+    with CompletionsServer(as_generic) as server, pytest.raises(UserError, match="no top-k"):
+        client_of(server, "generic").generate([request(0, top_k=3)])
+
+
+def test_timeline_counts_dependent_tokens():
+    requests = [request(5, plans("1", "2", "3"))]
+    with CompletionsServer(as_vllm, tuple(requests)) as server:
+        (rollout,) = client_of(server).generate(requests)
+    clock = 0
+    for unit in rollout.units:
+        if unit.kind == "thread":
+            assert unit.row == unit.thread - 1
+            assert unit.end_step - unit.start_step == len(unit.completion) - 1
+        assert unit.start_step <= unit.end_step
+        clock = max(clock, unit.end_step)
+    assert clock < rollout.critical_path
+
+
+def test_what_is_sent():
+    requests = [request(7, plans("1", "2"), temperature=0.7, top_k=4, top_p=0.9)]
+    with CompletionsServer(as_vllm, tuple(requests)) as server:
+        client = RolloutClient(
+            ClientConfig(server.url, dialect="vllm"),
+            make_schema(),
+            SmallWorldCodec(),
+            api_key="secret",
+        )
+        client.generate(requests)
+        client.generate(requests)
+    first, again = (server.bodies[: len(server.bodies) // 2], server.bodies[len(server.bodies) // 2 :])
+    assert sorted(map(str, first)) == sorted(map(str, again)), "seeds depend on the unit alone"
+    thread = first[0]
+    assert thread["model"] == "small" and thread["seed"] < 2**31
+    assert thread["stop_token_ids"] == [ID["</Thread>"]]
+    assert thread["skip_special_tokens"] is False and thread["return_token_ids"] is True
+    assert (thread["temperature"], thread["top_k"], thread["top_p"]) == (0.7, 4, 0.9)
+    assert thread["max_tokens"] == 12
+    assert len({body["seed"] for body in first}) == len(first)
+    assert set(server.keys) == {"Bearer secret"}
+    assert client.calls == 2 * (len(first) + 1) and client.repeated == 0
+
+
+def test_the_number_of_calls_in_flight_is_bounded():
+    requests = [request(i, plans("1", "2", "3", "0")) for i in range(8)]
+    with CompletionsServer(as_vllm, tuple(requests), pause_s=0.01) as server:
+        client_of(server, concurrency=3).generate(requests)
+        assert server.most_at_once == 3
+        client_of(server, concurrency=1).generate(requests[:2])
+
+
+def test_finished_rollouts_are_handed_over_at_once():
+    seen = []
+    requests = [request(i) for i in range(5)]
+    with CompletionsServer(as_vllm, tuple(requests)) as server:
+        rollouts = client_of(server).generate(requests, on_finish=lambda *pair: seen.append(pair))
+    assert {i for i, _ in seen} == set(range(5))
+    assert all(rollouts[i] is rollout for i, rollout in seen)
