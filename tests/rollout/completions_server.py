@@ -114,6 +114,14 @@ def as_sglang_trimmed(body, write) -> dict:
     return choice
 
 
+def as_tw_jax(body, write) -> dict:
+    """Stops at text, which is left out; ids keep it."""
+    assert body["logprobs"] == 0 and body["parallel_thinking"] is False
+    stop_id = ids(body["stop"][0])[0] if "stop" in body else None
+    choice = as_vllm({**body, "stop_token_ids": [stop_id]}, write)
+    return {**choice, "text": "", "stop_reason": None}
+
+
 def as_generic(body, write) -> dict:
     """Text alone, without what stopped it."""
     stop_id = ids(body["stop"][0])[0] if "stop" in body else None

@@ -14,6 +14,7 @@ from tests.rollout.completions_server import (
     as_old_vllm,
     as_sglang,
     as_sglang_trimmed,
+    as_tw_jax,
     as_vllm,
 )
 from tests.rollout.scenarios import ENGINE, plans, request, scenarios
@@ -47,7 +48,7 @@ SERVERS = {
     "old vllm": (as_old_vllm, "vllm"),
     "sglang": (as_sglang, "sglang"),
     "sglang, trimmed": (as_sglang_trimmed, "sglang"),
-    "tw_jax": (as_vllm, "tw_jax"),
+    "tw_jax": (as_tw_jax, "tw_jax"),
     "ignores stops": (as_endless, "vllm"),
 }
 

@@ -27,42 +27,52 @@ class Dialect:
     """What one kind of server understands.
 
     Attributes:
-      extra: fields sent with every call.
-      ids: the server names sampled ids (`return_token_ids`) and takes stops as ids
-        (`stop_token_ids`); else the answer's text is encoded again, and stops are sent as text.
+      extra: fields sent with every call. Tags are special tokens, which servers leave out of text
+        unless told; the same goes for what stopped it. Ids and log-probabilities are asked for.
+      stop_ids: stops are sent as `stop_token_ids`; else as text.
       matched: field of a choice that says which stop was hit; "" where there is none.
       eos_matches: whether that field is filled at an end of text too; where not, null means it.
       top_k: the server takes `top_k`.
     """
 
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ids: bool = False
+    stop_ids: bool = False
     matched: str = ""
     eos_matches: bool = False
     top_k: bool = False
 
 
-# Tags are special tokens, which servers leave out of text unless told; stop texts likewise.
 DIALECTS: Mapping[DialectName, Dialect] = {
     "generic": Dialect(),
     "vllm": Dialect(
         extra={
+            "logprobs": 1,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # for versions that do not know the former
             "skip_special_tokens": False,
             "include_stop_str_in_output": True,
-            "return_tokens_as_token_ids": True,
         },
-        ids=True,
+        stop_ids=True,
         matched="stop_reason",
         top_k=True,
     ),
     "sglang": Dialect(
-        extra={"skip_special_tokens": False, "no_stop_trim": True},
-        ids=True,
+        extra={
+            "logprobs": 1,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "no_stop_trim": True,
+        },
+        stop_ids=True,
         matched="matched_stop",
         eos_matches=True,
         top_k=True,
     ),
-    "tw_jax": Dialect(ids=True, matched="stop_reason", top_k=True),
+    # Our own server would spawn by itself; here the caller does. Its ids hold what stopped it.
+    "tw_jax": Dialect(
+        extra={"logprobs": 0, "return_token_ids": True, "parallel_thinking": False},
+        top_k=True,
+    ),
 }
 
 
@@ -124,10 +134,8 @@ def payload(
     }
     if dialect.top_k and sampling.top_k:
         body["top_k"] = sampling.top_k
-    if dialect.ids:
-        body |= {"logprobs": 1, "return_token_ids": True}
     if stop_id is not None:
-        body |= {"stop_token_ids": [stop_id]} if dialect.ids else {"stop": [stop_text]}
+        body |= {"stop_token_ids": [stop_id]} if dialect.stop_ids else {"stop": [stop_text]}
     return body
 
 
