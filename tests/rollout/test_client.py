@@ -151,7 +151,10 @@ def test_what_is_sent():
         )
         client.generate(requests)
         client.generate(requests)
-    first, again = (server.bodies[: len(server.bodies) // 2], server.bodies[len(server.bodies) // 2 :])
+    first, again = (
+        server.bodies[: len(server.bodies) // 2],
+        server.bodies[len(server.bodies) // 2 :],
+    )
     assert sorted(map(str, first)) == sorted(map(str, again)), "seeds depend on the unit alone"
     thread = first[0]
     assert thread["model"] == "small" and thread["seed"] < 2**31

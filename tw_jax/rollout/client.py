@@ -104,8 +104,8 @@ class RolloutClient:
         """
         if schema.join_rule != "reencode":
             raise UserError(
-                f"schema {schema.name!r} joins by {schema.join_rule!r}, which needs the engine's own "
-                "cache; only schemas that re-encode run on other servers"
+                f"schema {schema.name!r} joins by {schema.join_rule!r}, which needs the engine's "
+                "own cache; only schemas that re-encode run on other servers"
             )
         self.config, self.schema = config, schema
         self.calls = self.repeated = 0
@@ -246,8 +246,8 @@ class RolloutClient:
         if name is None:
             if len(listed) != 1:
                 raise UserError(
-                    f"{server.url} lists {len(listed)} models ({', '.join(sorted(listed))}); choose "
-                    "one with server.model=NAME"
+                    f"{server.url} lists {len(listed)} models ({', '.join(sorted(listed))}); "
+                    "choose one with server.model=NAME"
                 )
             (name,) = listed
         elif name not in listed:
