@@ -119,7 +119,10 @@ def run_generate(config: GenerateConfig) -> list[dict[str, Any]]:
         sample = sample_from_rollout(
             rollout, answerer.tokenizer, style=config.style, answer=answer, correct=correct
         )
-        print_sample(console, sample)
+        if config.watch and not console.is_terminal:
+            console.print(_summary(sample))  # the text has been printed as it grew
+        else:
+            print_sample(console, sample)
         answers.append(_answer(answerer.tokenizer, request, rollout, sample))
     if config.output is not None:
         write_json_lines(config.output, answers)
@@ -172,13 +175,17 @@ def print_sample(console: rich.console.Console, sample: Mapping[str, Any]) -> No
         console.print(rich.text.Text(printable(outlines), style="dim"))
         if part["threads"]:
             console.print(_threads(part["threads"]))
-    mark = {True: ", correct", False: ", wrong", None: ""}[sample["correct"]]
-    summary = (
-        f"critical path {sample['critical_path']:,} of {sample['total_tokens']:,} tokens, "
-        f"ended by {sample['finish_reason']}{mark}"
-    )
-    console.print(rich.text.Text(summary, style="dim"))
+    console.print(_summary(sample))
     console.print()
+
+
+def _summary(sample: Mapping[str, Any]) -> rich.text.Text:
+    mark = {True: ", correct", False: ", wrong", None: ""}[sample["correct"]]
+    return rich.text.Text(
+        f"critical path {sample['critical_path']:,} of {sample['total_tokens']:,} tokens, "
+        f"ended by {sample['finish_reason']}{mark}",
+        style="dim",
+    )
 
 
 def _threads(threads: Sequence[Mapping[str, Any]]) -> rich.table.Table:

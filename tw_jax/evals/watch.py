@@ -211,7 +211,7 @@ def draw(
     lines += tail
     if rows:
         # Two lines of a panel are its border.
-        each = max(_LEAST_LINES, (room - len(tail)) // len(rows) - 2)
+        each = max(_LEAST_LINES, (room - min(len(tail), text_room)) // len(rows) - 2)
         lines += [_columns(console, row, width, each) for row in rows]
     return rich.console.Group(*lines, _numbers(parts, progress))
 
@@ -259,7 +259,13 @@ def _columns(
     for _ in threads:
         table.add_column(ratio=1)
     inner = width // len(threads) - 4
-    table.add_row(*(_panel(console, thread, inner, lines) for thread in threads))
+    bodies = [
+        list(rich.text.Text(printable(thread.text), overflow="fold").wrap(console, inner))
+        for thread in threads
+    ]
+    # All panels of a row are as high as the longest text, as far as there is room.
+    room = min(lines - 1, max(1, *map(len, bodies)))
+    table.add_row(*(_panel(*pair, inner, room) for pair in zip(threads, bodies, strict=True)))
     return table
 
 
@@ -267,14 +273,13 @@ _STATE_STYLES = {"running": "yellow", "waiting to join": "green", "joined": "dim
 
 
 def _panel(
-    console: rich.console.Console, thread: GrowingThread, inner: int, lines: int
+    thread: GrowingThread, body: Sequence[rich.text.Text], inner: int, room: int
 ) -> rich.panel.Panel:
+    """One thread: its plan, and the last lines of its text."""
     plan = rich.text.Text(_one_line(thread.outline), style="italic", no_wrap=True)
     plan.truncate(inner, overflow="ellipsis")
-    body = rich.text.Text(printable(thread.text), overflow="fold").wrap(console, inner)
-    room = lines - 1
-    shown = [*list(body)[-room:]]
-    padding = [rich.text.Text("")] * (room - len(shown))  # panels of one height do not jump
+    shown = body[-room:]
+    padding = [rich.text.Text("")] * (room - len(shown))
     style = _STATE_STYLES[thread.state]
     return rich.panel.Panel(
         rich.console.Group(plan, *shown, *padding),
