@@ -56,12 +56,13 @@ class Writer:
     def write(self, body: dict, stop_id: int | None) -> tuple[list[int], list[float]]:
         """Tokens and log-probabilities up to a stop, end of text or budget, stops included."""
         context, written, logprobs = list(body["prompt"]), [], []
+        start = len(context)
         seed, unit = self._units(len(context))[body["seed"]]
         while len(written) < body["max_tokens"]:
             with self.lock:
-                key = (seed, unit, *context)
+                key = (seed, unit, start, *context)
                 if key not in self.known:
-                    self.known[key] = _oracle().sample(self.requests[seed], unit, context)
+                    self.known[key] = _oracle().sample(self.requests[seed], unit, context, start)
                 token, logprob = self.known[key]
             context.append(token)
             written.append(token)

@@ -1,6 +1,7 @@
 """Rollouts from a completions server equal those of the engine and of the oracle."""
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -53,10 +54,17 @@ SERVERS = {
 }
 
 
+def serves(dialect, sampling):
+    """Whether a kind of server can penalise what is asked."""
+    known = {"vllm": ("context",), "sglang": ("unit",), "tw_jax": ("context", "unit")}
+    return sampling.repetition_penalty == 1 or sampling.repetition_scope in known[dialect]
+
+
 @pytest.mark.parametrize("name", SERVERS)
 def test_every_scenario_equals_the_oracle(name):
     answer, dialect = SERVERS[name]
     requests, expected = scenarios()
+    requests = {n: r for n, r in requests.items() if serves(dialect, r.sampling)}
     with CompletionsServer(answer, tuple(requests.values())) as server:
         rollouts = client_of(server, dialect).generate(list(requests.values()))
     for name, rollout in zip(requests, rollouts, strict=True):
@@ -106,7 +114,11 @@ def test_greedy_equals_the_engine_whole_rollout():
 def test_a_server_that_speaks_text_alone():
     """It cannot tell an end of text from a stop: in threads and lists it counts as a stop."""
     requests, expected = scenarios()
-    asked = {n: r for n, r in requests.items() if not r.sampling.top_k}
+    asked = {
+        name: r
+        for name, r in requests.items()
+        if not (r.sampling.top_k or r.sampling.min_p) and r.sampling.repetition_penalty == 1
+    }
     with CompletionsServer(as_generic, tuple(asked.values())) as server:
         rollouts = client_of(server, "generic").generate(list(asked.values()))
         assert all("stop_token_ids" not in body for body in server.bodies)
@@ -122,8 +134,45 @@ def test_a_server_that_speaks_text_alone():
             assert text_of(rollout.trajectory.tokens) == text_of(oracle.tokens), name
             same += 1
     assert same > 8
-    with CompletionsServer(as_generic) as server, pytest.raises(UserError, match="no top-k"):
-        client_of(server, "generic").generate([request(0, top_k=3)])
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sampling", "message"),
+    [
+        ("generic", {"top_k": 3}, "sampling.top_k=3: OpenAI's own"),
+        ("generic", {"min_p": 0.1}, "sampling.min_p=0.1.* set it to 0.0, or server.dialect"),
+        ("generic", {"repetition_penalty": 1.1}, "sampling.repetition_penalty=1.1"),
+        ("sglang", {"repetition_penalty": 1.1}, "repetition_scope='context': .* 'unit' only"),
+        (
+            "vllm",
+            {"repetition_penalty": 1.1, "repetition_scope": "unit"},
+            "repetition_scope='unit': .* 'context' only",
+        ),
+        ("vllm", {"temperature": -1.0}, "request 0: sampling.temperature"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused_before_it_is_asked(dialect, sampling, message):
+    with CompletionsServer(as_vllm) as server:
+        with pytest.raises(UserError, match=message):
+            client_of(server, dialect).generate([request(0, **sampling)])
+        assert not server.bodies
+
+
+def test_ways_of_drawing_are_passed_on():
+    sampling = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "logit_bias": ((ID["a"], 2.0), (ID["b"], -math.inf)),
+    }
+    asked = request(9, max_response_tokens=5, **sampling)
+    for dialect, scope in (("vllm", None), ("tw_jax", "context")):
+        answer = as_tw_jax if dialect == "tw_jax" else as_vllm
+        with CompletionsServer(answer, (asked,)) as server:
+            client_of(server, dialect).generate([asked])
+        body = server.bodies[0]
+        assert (body["min_p"], body["repetition_penalty"]) == (0.1, 1.2)
+        assert body["logit_bias"] == {str(ID["a"]): 2.0, str(ID["b"]): -100.0}
+        assert body.get("repetition_scope") == scope
 
 
 def test_timeline_counts_dependent_tokens():

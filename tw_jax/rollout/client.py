@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tw_jax import config_fields
 from tw_jax.config_checks import require_at_least
@@ -29,9 +29,12 @@ from tw_jax.rollout.client_dialect import (
 from tw_jax.rollout.client_http import CallError, RetryPolicy, Server
 from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
+from tw_jax.rollout.sampling_table import check_sampling
 from tw_jax.trajectory.schema import Schema
 
 OnFinish = Callable[[int, Rollout], None]
+
+MAX_LOGIT_BIAS = 300  # entries that OpenAI's API admits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +161,11 @@ class RolloutClient:
     ) -> list[Rollout]:
         model, context_len = await self._model(server)
         for index, request in enumerate(requests):
-            check_request(f"request {index}", request, context_len, "server.context_len")
+            name = f"request {index}"
+            check_request(name, request, context_len, "server.context_len")
+            check_sampling(name, request.sampling, len(self.schema.classes.tag), MAX_LOGIT_BIAS)
+            # Before the first call, so that nothing is half done when the dialect cannot say it.
+            self._body(model, request, Call([], 1, None, 0))
         waiting = collections.deque(enumerate(requests))
         rollouts: dict[int, Rollout] = {}
         failed: dict[int, CallError] = {}
@@ -208,34 +215,36 @@ class RolloutClient:
         limits = (request.timeout_s, self.config.deadline_s)
         return started_s + min((s for s in limits if s is not None), default=float("inf"))
 
-    async def _complete(
-        self, server: Server, model: str, request: Request, call: Call
-    ) -> Completion:
-        dialect = DIALECTS[self.config.dialect]
-        stop_text = "" if call.stop_id is None else self._codec.decode([call.stop_id])
-        body = payload(
-            dialect,
+    def _body(self, model: str, request: Request, call: Call) -> dict[str, Any]:
+        return payload(
+            DIALECTS[self.config.dialect],
             model=model,
             context=call.context,
             max_tokens=call.max_tokens,
             stop_id=call.stop_id,
-            stop_text=stop_text,
+            stop_text=self._stop_text(call),
             sampling=request.sampling,
             seed=call.seed,
         )
 
+    def _stop_text(self, call: Call) -> str:
+        return "" if call.stop_id is None else self._codec.decode([call.stop_id])
+
+    async def _complete(
+        self, server: Server, model: str, request: Request, call: Call
+    ) -> Completion:
         def read(answer: object) -> Completion:
             return read_completion(
-                dialect,
+                DIALECTS[self.config.dialect],
                 answer,
                 max_tokens=call.max_tokens,
                 stop_id=call.stop_id,
-                stop_text=stop_text,
+                stop_text=self._stop_text(call),
                 eos_id=self.schema.eos_id,
                 encode=self._codec.encode,
             )
 
-        return await server.complete(body, read)
+        return await server.complete(self._body(model, request, call), read)
 
     async def _model(self, server: Server) -> tuple[str, int]:
         """Name of the model, and how long its contexts may get."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from tw_jax.errors import UserError
-from tw_jax.rollout.request import SamplingParams
+from tw_jax.rollout.request import RepetitionScope, SamplingParams
 
 DialectName = Literal["generic", "vllm", "sglang", "tw_jax"]
 # stop: at the asked stop token; eos: the model ended its text; unknown: at one of the two, and the
@@ -32,14 +32,17 @@ class Dialect:
       stop_ids: stops are sent as `stop_token_ids`; else as text.
       matched: field of a choice that says which stop was hit; "" where there is none.
       eos_matches: whether that field is filled at an end of text too; where not, null means it.
-      top_k: the server takes `top_k`.
+      options: ways of drawing tokens, beyond OpenAI's, that the server takes: names of fields of
+        `SamplingParams`.
+      repetition_scopes: what its repetition penalty can look at.
     """
 
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stop_ids: bool = False
     matched: str = ""
     eos_matches: bool = False
-    top_k: bool = False
+    options: frozenset[str] = frozenset()
+    repetition_scopes: tuple[RepetitionScope, ...] = ()
 
 
 DIALECTS: Mapping[DialectName, Dialect] = {
@@ -54,7 +57,8 @@ DIALECTS: Mapping[DialectName, Dialect] = {
         },
         stop_ids=True,
         matched="stop_reason",
-        top_k=True,
+        options=frozenset({"top_k", "min_p", "repetition_penalty"}),
+        repetition_scopes=("context",),
     ),
     "sglang": Dialect(
         extra={
@@ -66,12 +70,14 @@ DIALECTS: Mapping[DialectName, Dialect] = {
         stop_ids=True,
         matched="matched_stop",
         eos_matches=True,
-        top_k=True,
+        options=frozenset({"top_k", "min_p", "repetition_penalty"}),
+        repetition_scopes=("unit",),
     ),
     # Our own server would spawn by itself; here the caller does. Its ids hold what stopped it.
     "tw_jax": Dialect(
         extra={"logprobs": 0, "return_token_ids": True, "parallel_thinking": False},
-        top_k=True,
+        options=frozenset({"top_k", "min_p", "repetition_penalty", "repetition_scope"}),
+        repetition_scopes=("unit", "context"),
     ),
 }
 
@@ -117,11 +123,6 @@ def payload(
     Raises:
       UserError: the dialect cannot say what is asked.
     """
-    if sampling.top_k and not dialect.top_k:
-        raise UserError(
-            f"sampling.top_k={sampling.top_k}: OpenAI's own completions API has no top-k; set it "
-            "to 0, or server.dialect to what the server is (vllm, sglang, tw_jax)"
-        )
     body: dict[str, Any] = {
         "model": model,
         "prompt": context,
@@ -132,11 +133,42 @@ def payload(
         "seed": seed,
         **dialect.extra,
     }
-    if dialect.top_k and sampling.top_k:
-        body["top_k"] = sampling.top_k
+    body |= _options(dialect, sampling)
     if stop_id is not None:
         body |= {"stop_token_ids": [stop_id]} if dialect.stop_ids else {"stop": [stop_text]}
     return body
+
+
+def _options(dialect: Dialect, sampling: SamplingParams) -> dict[str, Any]:
+    """Ways of drawing tokens beyond temperature and top-p, those that are off left out.
+
+    Raises:
+      UserError: the server cannot do what is asked.
+    """
+    plain = SamplingParams()
+    asked = {
+        name: getattr(sampling, name)
+        for name in ("top_k", "min_p", "repetition_penalty")
+        if getattr(sampling, name) != getattr(plain, name)
+    }
+    for name, value in asked.items():
+        if name not in dialect.options:
+            raise UserError(
+                f"sampling.{name}={value}: OpenAI's own completions API has no such field; set it "
+                f"to {getattr(plain, name)}, or server.dialect to what the server is"
+            )
+    if "repetition_penalty" in asked:
+        if sampling.repetition_scope not in dialect.repetition_scopes:
+            raise UserError(
+                f"sampling.repetition_scope={sampling.repetition_scope!r}: this kind of server "
+                f"penalises {' or '.join(map(repr, dialect.repetition_scopes))} only"
+            )
+        if "repetition_scope" in dialect.options:
+            asked["repetition_scope"] = sampling.repetition_scope
+    if sampling.logit_bias:
+        # JSON has no infinity; OpenAI bans by -100.
+        asked["logit_bias"] = {str(id): max(-100.0, bias) for id, bias in sampling.logit_bias}
+    return asked
 
 
 def read_completion(
