@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from tests.rollout.host_oracle import HostOracle
 from tests.rollout.scenarios import CONTEXT_LEN, MAX_DIGITS, request
 from tests.rollout.small_world import ID, ids, make_model, text_of
@@ -35,13 +37,21 @@ def _oracle() -> HostOracle:
     return HostOracle(*make_model(), CONTEXT_LEN, MAX_DIGITS)
 
 
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _sample(seed, sampling, unit, start, *context):
+    asked = Request(np.zeros(1, np.int32), seed, sampling)  # the prompt is part of the context
+    with _one_at_a_time:
+        return _oracle().sample(asked, unit, list(context), start)
+
+
 class Writer:
     """Continues contexts as the engine would for the given requests."""
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = {r.seed: r for r in requests}
-        self.known: dict = {}
-        self.lock = threading.Lock()
 
     @functools.cache  # noqa: B019 - lives as long as its test
     def _units(self, length: int) -> dict[int, tuple[int, int]]:
@@ -59,11 +69,7 @@ class Writer:
         start = len(context)
         seed, unit = self._units(len(context))[body["seed"]]
         while len(written) < body["max_tokens"]:
-            with self.lock:
-                key = (seed, unit, start, *context)
-                if key not in self.known:
-                    self.known[key] = _oracle().sample(self.requests[seed], unit, context, start)
-                token, logprob = self.known[key]
+            token, logprob = _sample(seed, self.requests[seed].sampling, unit, start, *context)
             context.append(token)
             written.append(token)
             logprobs.append(logprob)
