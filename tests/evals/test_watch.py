@@ -3,7 +3,6 @@
 import dataclasses
 import io
 
-import numpy as np
 import pytest
 import rich.cells
 import rich.console
@@ -14,7 +13,6 @@ from tw_jax.evals.live_parts import ClosedBlock, GrowingThread, LiveParts, live_
 from tw_jax.evals.watch import Progress, draw, watch_rollouts
 from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.live_text import finished_text
-from tw_jax.rollout.sampling import unit_number
 
 PROGRESS = Progress(steps=1234, tokens_per_s=56.7, finished=1, running=2, queued=3)
 
@@ -82,7 +80,7 @@ def test_parts_follow_the_rollout_to_its_end(engine):
                     assert header == f"<Thread>\n{thread.number}:" or " " in header
                 seen[ticket] = parts
             ended |= dict(session.poll())
-    assert states == {"running", "waiting to join", "joined"} or states >= {"running"}
+    assert states == {"running", "waiting to join", "joined"}
     assert texts > 50
     for rollout in ended.values():
         parts = live_parts(finished_text(rollout), make_schema(), SmallWorldDecoder())
@@ -184,7 +182,6 @@ def test_watched_rollouts_equal_generated_ones(engine, monkeypatch):
     assert sorted(seen) == list(range(9))
     drawn = console.file.getvalue()
     assert "running" in drawn and "critical path" in drawn and "queued" in drawn
-    assert unit_number(0, 1) == 1
 
 
 def test_a_pipe_gets_the_joined_texts_once_and_in_order(engine):
@@ -212,4 +209,3 @@ def test_an_interrupt_leaves_the_terminal_alone(engine):
         )  # fmt: skip
     assert "\x1b[?25h" in console.file.getvalue(), "the cursor is back"
     assert len(engine.generate(make_model()[1], small_requests(1))) == 1
-    assert np.isfinite(PROGRESS.tokens_per_s)

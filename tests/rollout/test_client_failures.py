@@ -109,7 +109,7 @@ def test_bad_urls(url):
 
 
 @pytest.mark.parametrize(
-    ("status", "remedy"), [(401, "server.api_key_env"), (404, "server.url ends in /v1")]
+    ("status", "remedy"), [(401, "server.api_key_env"), (404, "server.url mostly ends in /v1")]
 )
 def test_refusals_name_the_remedy_and_are_not_repeated(status, remedy):
     with CompletionsServer(as_vllm, tuple(REQUESTS)) as server:

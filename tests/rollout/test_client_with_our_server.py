@@ -1,4 +1,4 @@
-"""The client against `tw-jax serve`: the same greedy rollouts as the engine gives in this process."""
+"""The client against `tw-jax serve`: the same greedy rollouts as the engine in this process."""
 
 import dataclasses
 

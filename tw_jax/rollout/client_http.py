@@ -30,7 +30,7 @@ _REMEDIES: Mapping[int, str] = {
     400: "does server.dialect name the kind of server, and server.context_len its limit?",
     401: "name the environment variable that holds the key in server.api_key_env",
     403: "the key that server.api_key_env names may not use this model",
-    404: "server.url ends in /v1 with most servers; server.model must be a name it lists at /models",
+    404: "server.url mostly ends in /v1, and server.model must be a name it lists at /models",
     405: "server.url should be the base URL, without /completions",
     413: "the request is too large for the server; lower sampling.max_response_tokens",
     422: "does server.dialect name the kind of server?",
