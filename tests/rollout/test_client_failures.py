@@ -129,17 +129,27 @@ def test_one_refused_rollout_does_not_stop_the_others(expected):
     assert texts([finished[1], finished[2]]) == expected[1:]
 
 
-def test_calls_that_fail_for_good_fail_their_rollout_alone():
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_call_that_always_fails_fails_its_rollout_alone(concurrency):
     requests = [request(1), request(2)]
 
     def answer(body, write):
         return {} if body["temperature"] == 0.5 else as_vllm(body, write)
 
-    bad = request(3, temperature=0.5)
-    finished = {}
-    with CompletionsServer(answer, (*requests, bad), pause_s=0.005) as server:
-        with pytest.raises(UserError, match="rollouts? failed|attempts failed"):
-            client_of(server).generate([bad, *requests], on_finish=finished.__setitem__)
+    bad, finished = request(3, temperature=0.5), {}
+    with CompletionsServer(answer, (*requests, bad)) as server:
+        client = client_of(server, concurrency=concurrency)
+        with pytest.raises(UserError, match="1 of 3 .*request 0: .*4 attempts .* neither token"):
+            client.generate([bad, *requests], on_finish=finished.__setitem__)
+    assert set(finished) == {1, 2}
+
+
+def test_a_server_that_fails_everything_is_given_up():
+    with CompletionsServer(as_vllm) as server:
+        server.always = Fault(status=500)
+        with pytest.raises(ServerDownError, match="3 rollouts failed one after another"):
+            client_of(server, concurrency=1).generate([request(i) for i in range(50)])
+        assert len(server.bodies) == 3 * 4
 
 
 def test_a_deadline_ends_rollouts_where_they_are(expected):

@@ -26,7 +26,7 @@ from tw_jax.rollout.client_dialect import (
     payload,
     read_completion,
 )
-from tw_jax.rollout.client_http import CallError, RetryPolicy, Server
+from tw_jax.rollout.client_http import CallError, RetryPolicy, Server, ServerDownError
 from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling_table import check_sampling
@@ -34,6 +34,7 @@ from tw_jax.trajectory.schema import Schema
 
 OnFinish = Callable[[int, Rollout], None]
 
+MAX_FAILURES_IN_A_ROW = 3
 MAX_LOGIT_BIAS = 300  # entries that OpenAI's API admits
 
 
@@ -81,6 +82,26 @@ class Codec(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text with every tag kept."""
         ...
+
+
+class _FailuresInARow:
+    """Gives up on a server that fails one rollout after another and answers none."""
+
+    def __init__(self) -> None:
+        self._answered, self._count = -1, 0
+
+    def note(self, answered: int, error: CallError) -> None:
+        """Counts a failed rollout; `answered` calls have succeeded so far.
+
+        Raises:
+          ServerDownError: one too many.
+        """
+        self._count = self._count + 1 if answered == self._answered else 1
+        self._answered = answered
+        if self._count >= MAX_FAILURES_IN_A_ROW:
+            raise ServerDownError(
+                f"{self._count} rollouts failed one after another, at last: {error}"
+            ) from error
 
 
 class RolloutClient:
@@ -169,6 +190,7 @@ class RolloutClient:
         waiting = collections.deque(enumerate(requests))
         rollouts: dict[int, Rollout] = {}
         failed: dict[int, CallError] = {}
+        in_a_row = _FailuresInARow()
 
         async def complete(request: Request, call: Call) -> Completion:
             return await self._complete(server, model, request, call)
@@ -187,6 +209,7 @@ class RolloutClient:
                     )
                 except CallError as error:
                     failed[index] = error
+                    in_a_row.note(server.calls, error)
                     continue
                 rollouts[index] = rollout
                 if on_finish is not None:

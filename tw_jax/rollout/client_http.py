@@ -11,7 +11,6 @@ import datetime
 import email.utils
 import json
 import random
-import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -42,7 +41,7 @@ class CallError(UserError):
 
 
 class ServerDownError(UserError):
-    """No call has succeeded while one was tried again and again."""
+    """Nothing answers at the URL, or it answers nobody any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,6 @@ class Server:
         self._free = asyncio.Semaphore(concurrency)
         self._call_timeout_s, self._retry = call_timeout_s, retry
         self._rng = random.Random()
-        self._last_success_s = -1.0
         self.calls = self.repeated = 0
 
     async def __aenter__(self) -> Self:
@@ -124,7 +122,7 @@ class Server:
 
         Raises:
           CallError: this request was refused, or its repetitions are used up.
-          ServerDownError: they are, and no other call has succeeded meanwhile.
+          ServerDownError: no connection can be made.
           UserError: the server refuses all requests.
         """
         return await self._ask("POST", "completions", body, read)
@@ -147,7 +145,8 @@ class Server:
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T]
     ) -> T:
-        started_s, url = time.monotonic(), f"{self.url}/{path}"
+        url = f"{self.url}/{path}"
+        is_there = True
         for attempt in range(self._retry.retries + 1):
             retry_after_s = 0.0
             try:
@@ -155,7 +154,6 @@ class Server:
                     response = await self._client.request(method, url, json=body)
                 if response.is_success:
                     result = read(response.json())
-                    self._last_success_s = time.monotonic()
                     self.calls += 1
                     return result
                 _refuse(url, response)
@@ -169,18 +167,18 @@ class Server:
                 ) from error
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
+                is_there = not isinstance(error, httpx.ConnectError)
             except (json.JSONDecodeError, UnicodeDecodeError, AnswerError) as error:
                 problem = f"the answer is not usable: {error}"
             if attempt < self._retry.retries:
                 self.repeated += 1
                 await asyncio.sleep(self._retry.pause_s(attempt, retry_after_s, self._rng))
         message = f"{url}: {self._retry.retries + 1} attempts failed, at last with {problem}"
-        if self._last_success_s < started_s:
-            raise ServerDownError(
-                f"{message}. Is the server up, and server.url right? Raise server.retry.retries or "
-                "server.call_timeout_s if it is only slow"
-            )
-        raise CallError(message)
+        if not is_there:
+            raise ServerDownError(f"{message}. Is the server up, and server.url right?")
+        raise CallError(
+            f"{message}; raise server.retry.retries or server.call_timeout_s if it is only busy"
+        )
 
 
 def _refuse(url: str, response: httpx.Response) -> None:
