@@ -1,6 +1,5 @@
 """Evaluation asks what it should, grades what comes back, and works on the real engine."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -13,14 +12,11 @@ from tw_jax.evals import generate as generate_module
 from tw_jax.evals.evaluate import EvalConfig, evaluate, measure_wall_clock, run_eval
 from tw_jax.evals.generate import GenerateConfig, run_generate
 from tw_jax.evals.metrics import summarize, token_latency_speedup
-from tw_jax.models import qwen3
-from tw_jax.models.config import PRESETS
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import SamplingParams
 from tw_jax.tasks.multiplication import Multiplication, MultiplicationConfig
 from tw_jax.tasks.registry import TaskConfig
 from tw_jax.tasks.task import Problem
-from tw_jax.train.run_dir import LoadedModel
 
 SAMPLING = SamplingParams(max_response_tokens=200)
 
@@ -141,21 +137,6 @@ ENGINE = EngineConfig(
     context_len=64, rows=4, requests=2, max_threads=2, max_blocks=2, prefill_rows=2, prefill_chunk=8
 )
 SHORT = SamplingParams(max_response_tokens=24, max_thread_tokens=8, max_threads=2, max_blocks=2)
-
-
-@pytest.fixture(scope="module")
-def small_model(tokenizer, schema):
-    config = dataclasses.replace(PRESETS["tiny"], hidden_size=32, intermediate_size=64,
-                                 num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=1, head_dim=16)  # fmt: skip
-    return LoadedModel(
-        graphdef=qwen3.graphdef(config),
-        params=qwen3.init_params(config, 0),
-        config=config,
-        tokenizer=tokenizer,
-        schema=schema,
-        step=5,
-    )
 
 
 @pytest.fixture(scope="module")

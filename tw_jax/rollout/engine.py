@@ -25,7 +25,7 @@ from tw_jax.rollout.advance import advance
 from tw_jax.rollout.interrupt import interrupt_requests
 from tw_jax.rollout.network import Weights, decoding_weights
 from tw_jax.rollout.outlines import outline_alphabet
-from tw_jax.rollout.request import Request
+from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
 from tw_jax.rollout.sampling_table import check_sampling
@@ -274,38 +274,17 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
 
 def _check_request(name: str, request: Request, config: EngineConfig, model: Qwen3Config) -> None:
     """Refuses a request that the engine cannot serve as asked."""
+    check_request(name, request, config.context_len, "engine.context_len")
     sampling = request.sampling
-    prompt_len, prefix_len = len(request.prompt), len(request.forced_prefix)
-    known = [*map(int, request.prompt), *request.forced_prefix]
-    if prompt_len == 0:
-        raise UserError(f"{name}: the prompt is empty; begin it with a token such as <bos>")
-    if not 0 <= min(known) <= max(known) < model.vocab_size:
+    if max(*map(int, request.prompt), *request.forced_prefix, 0) >= model.vocab_size:
         raise UserError(f"{name}: token ids must lie in 0..{model.vocab_size - 1}")
-    if prompt_len + prefix_len >= config.context_len:
-        raise UserError(
-            f"{name}: a prompt of {prompt_len} and a forced prefix of {prefix_len} tokens leave no "
-            f"room in engine.context_len={config.context_len}: shorten them or raise it"
-        )
-    if prefix_len >= sampling.max_response_tokens:
-        raise UserError(
-            f"{name}: its forced prefix of {prefix_len} tokens spends the budget of "
-            f"max_response_tokens={sampling.max_response_tokens}"
-        )
     for field in ("max_threads", "max_blocks"):
         asked, held = getattr(sampling, field), getattr(config, field)
-        if not 1 <= asked <= held:
+        if asked > held:
             raise UserError(
                 f"{name}: sampling.{field}={asked} must lie in 1..{held}; engine.{field} sets the "
                 "upper end"
             )
-    if sampling.max_thread_tokens < 1:
-        raise UserError(f"{name}: sampling.max_thread_tokens must be at least 1")
     check_sampling(name, sampling, model.vocab_size, config.max_logit_bias)
-    if request.timeout_s is not None and not request.timeout_s > 0:
-        raise UserError(f"{name}: timeout_s={request.timeout_s} must be positive")
-    if not 0 <= request.seed < 2**64:
-        raise UserError(f"{name}: seed={request.seed} must lie in 0..2**64 - 1")
-    if request.mode not in ("parallel", "sequential"):
-        raise UserError(f"{name}: mode={request.mode!r} must be 'parallel' or 'sequential'")
     if request.mode == "parallel" and sampling.max_threads > 1 and config.rows < 2:
         raise UserError(f"{name}: threads need a row of their own: set engine.rows to at least 2")
