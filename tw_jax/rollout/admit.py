@@ -53,6 +53,7 @@ class Admission:
       max_thread_tokens: see `Requests`.
       max_blocks: see `Requests`.
       sampling: see `Requests`.
+      script: see `script_areas`; empty without `EngineConfig.scripts`.
     """
 
     arrives: Bool[Array, "requests"]
@@ -70,6 +71,7 @@ class Admission:
     max_thread_tokens: Int32[Array, "requests"]
     max_blocks: Int32[Array, "requests"]
     sampling: SamplingTable
+    script: Int32[Array, "requests threads store"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Arrival:
       request: what it asks for.
       source: see `Admission`.
       source_len: see `Admission`.
+      script: `script_areas`, where the engine has room for scripts.
     """
 
     slot: int
@@ -89,6 +92,7 @@ class Arrival:
     request: Request
     source: int = -1
     source_len: int = 0
+    script: Int32[np.ndarray, "threads store"] | None = None
 
 
 def admission(program: Program, arrivals: Sequence[Arrival]) -> Admission:
@@ -105,12 +109,15 @@ def admission(program: Program, arrivals: Sequence[Arrival]) -> Admission:
             program.vocab,
             program.max_logit_bias,
         ),
+        "script": np.zeros((n * program.scripts, program.max_threads, program.store_len), np.int32),
     }
     for field in dataclasses.fields(Admission):
         fields.setdefault(field.name, np.zeros(n, np.int32))
     for arrival in arrivals:
         for name, value in _asked(program, arrival).items():
             fields[name][arrival.slot] = value
+        if program.scripts:
+            fields["script"][arrival.slot] = arrival.script
     return Admission(**cast(dict[str, Any], fields))
 
 
@@ -168,6 +175,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
     state = replace(
         state,
         tokens=state.tokens.at[area].set(batch.tokens, mode="drop"),
+        script=_scripts(program, state, batch),
         rows=replace(
             rows,
             live=row_field(rows.live, True),
@@ -204,6 +212,13 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
     spawns, cramped = split_spawns(program, state, asks)
     state = open_blocks(program, state, spawns)
     return release_pages(program, end_segments(state, cramped, state.requests.limit_reason))
+
+
+def _scripts(program: Program, state: EngineState, batch: Admission):
+    if not program.scripts:
+        return state.script
+    lines = jnp.repeat(batch.arrives, program.max_threads)[:, None]
+    return jnp.where(lines, batch.script.reshape(state.script.shape), state.script)
 
 
 def keep_prefix(

@@ -29,6 +29,7 @@ from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
 from tw_jax.rollout.sampling_table import check_sampling
+from tw_jax.rollout.script import check_script
 from tw_jax.rollout.session import Session
 from tw_jax.rollout.state import EngineState, Program, new_state
 from tw_jax.trajectory.schema import Schema
@@ -60,6 +61,7 @@ class EngineConfig:
       prefill_rows: rows that are fed a chunk of known tokens in one step.
       prefill_chunk: tokens of such a chunk.
       steps_per_dispatch: most steps before the host looks for finished rollouts.
+      scripts: make room for `Request.script`.
       page_size: positions per page of the key/value cache; a page is what rows share. 0 chooses: a
         quarter of the context, at least 64, since each page of a row costs some overhead.
       kept_prefixes: beginnings of prompts, such as system prompts, that stay in the cache when
@@ -80,6 +82,7 @@ class EngineConfig:
     prefill_rows: int = 4
     prefill_chunk: int = 16
     steps_per_dispatch: int = 64
+    scripts: bool = False
     page_size: int = 0
     kept_prefixes: int = 0
     deterministic: bool = False
@@ -93,7 +96,7 @@ class EngineConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("max_logit_bias", "page_size", "kept_prefixes") else 1
-            if field.name != "deterministic" and value < least:
+            if not isinstance(value, bool) and value < least:
                 raise UserError(f"engine.{field.name}={value}: must be at least {least}")
         if self.rows < self.requests:
             raise UserError(
@@ -215,6 +218,7 @@ class RolloutEngine:
           UserError: it cannot; says `name`, the field and the remedy.
         """
         _check_request(name, request, self.config, self._model_config)
+        check_script(name, request, self.schema, self.config.scripts)
 
 
 def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
@@ -266,6 +270,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         prefill_chunk=config.prefill_chunk,
         prefill_min=1 if config.deterministic else LANE_MIN_TOKENS,
         deterministic=config.deterministic,
+        scripts=config.scripts,
         tokens=schema.fork_join,
         eos_id=schema.eos_id,
         alphabet=outline_alphabet(schema, model.vocab_size),

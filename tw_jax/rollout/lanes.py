@@ -179,6 +179,7 @@ def decode_lane(
             requests.sampling.take(rows.request),
             sampled,
             lambda: _own_context(program, state),
+            state.script[rows.area, rows.n_known] if program.scripts else None,
         )
     area = jnp.where(sampled, rows.area, len(state.tokens))
     return (

@@ -62,6 +62,7 @@ class Program:
       prefill_chunk: tokens it feeds per row.
       prefill_min: pending tokens below which the lane rests and rows feed them one by one.
       deterministic: see `EngineConfig.deterministic`.
+      scripts: see `EngineConfig.scripts`.
       tokens: the schema's forced tokens and triggers.
       eos_id: end of text.
       alphabet: token classes for outline numbers.
@@ -83,6 +84,7 @@ class Program:
     prefill_chunk: int
     prefill_min: int
     deterministic: bool
+    scripts: bool
     tokens: ForkJoinTokens
     eos_id: int
     alphabet: OutlineAlphabet
@@ -240,6 +242,8 @@ class EngineState:
       pages: which pages of the cache each line holds.
       tokens: the token store, one line per area.
       logprobs: log-probability of each sampled token, beside it.
+      script: tokens to take in place of sampled ones, beside them; -1 for none. No areas without
+        `EngineConfig.scripts`.
       rows: the rows of the batch.
       requests: the request slots.
       reader: outline numbers read so far, per request.
@@ -253,6 +257,7 @@ class EngineState:
     pages: PageTable
     tokens: Int32[Array, "areas store"]
     logprobs: Float32[Array, "areas store"]
+    script: Int32[Array, "areas store"]
     rows: Rows
     requests: Requests
     reader: OutlineReader
@@ -278,6 +283,7 @@ def new_state(program: Program) -> EngineState:
         pages=new_table(program.layout),
         tokens=ints(*store),
         logprobs=jnp.zeros(store, jnp.float32),
+        script=ints(*(store if program.scripts else (0, store[1]))) - 1,
         rows=Rows(
             live=flags(rows),
             request=ints(rows),
