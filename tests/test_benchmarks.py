@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.blocks import Worker, alternate
-from benchmarks.sft import CONFIG, prepare
+from benchmarks.sft import prepare
 from benchmarks.sft_worker import packed
+from benchmarks.shapes import TINY
 from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.trajectory.schemas import make_schema
 
@@ -59,7 +60,7 @@ def test_a_worker_that_dies_is_quoted(tmp_path: pathlib.Path) -> None:
 def test_sft_rows_are_full_and_causal(tmp_path: pathlib.Path) -> None:
     prepare(tmp_path)
     tokens = np.load(tmp_path / "tokens.npy")[0]
-    assert json.loads((tmp_path / "shape.json").read_text())["vocab_size"] == CONFIG.vocab_size
+    assert json.loads((tmp_path / "shape.json").read_text())["vocab_size"] == TINY.vocab_size
     batch = packed(make_schema("threadweaver", load_tokenizer()), tokens)
     rows, row_len = tokens.shape
     np.testing.assert_array_equal(batch.tokens, tokens)
