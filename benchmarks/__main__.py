@@ -11,6 +11,7 @@ BENCHMARKS = (
     "train",
     "sft",
     "rollout",
+    "forkjoin",
     "parity",
     "checkpoint-io",
     "attention",
