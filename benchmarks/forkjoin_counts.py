@@ -228,15 +228,22 @@ def logprob_max_abs_diff(compute_dtype: str) -> float:
     return float(apart[batch.loss_weight > 0].max())
 
 
+def engine_knows(*fields: str) -> bool:
+    """Whether the engine's configuration has these fields; keys that need others are left out."""
+    return set(fields) <= {field.name for field in dataclasses.fields(EngineConfig)}
+
+
 def counts() -> dict[str, Any]:
     """All of them."""
-    by_prefix = page_ratios()
-    return {
-        "page_ratio": max(by_prefix.values()),
-        "page_ratio_by_prefix": by_prefix,
+    found: dict[str, Any] = {
         **recompiles_and_copies(),
-        "pool_size_slowdown": pool_size_slowdown(),
         "dispatches_per_rollout": dispatches_per_rollout(),
         "logprob_max_abs_diff": logprob_max_abs_diff("float32"),
         "logprob_max_abs_diff_bfloat16": logprob_max_abs_diff("bfloat16"),
     }
+    if engine_knows("scripts", "page_size"):
+        by_prefix = page_ratios()
+        found |= {"page_ratio": max(by_prefix.values()), "page_ratio_by_prefix": by_prefix}
+    if engine_knows("pages", "page_size"):
+        found["pool_size_slowdown"] = pool_size_slowdown()
+    return found

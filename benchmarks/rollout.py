@@ -36,6 +36,7 @@ from tw_jax.tasks.character_tokenizer import load_tokenizer
 PROMPT_LEN = 32
 PEER_ROWS = 16  # batch of the peer
 MIXED_REQUESTS, MIXED_NEW = 256, (32, 512)
+WARM_UP = 2  # a second call may compile again, for arrays that have found their device meanwhile
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -119,7 +120,7 @@ def measure(name: str, workload: Workload, peer: str) -> dict[str, Any]:
         try:
             for index, command in enumerate(words):
                 workers.append(Worker(command, environ, folder / f"{index}.log"))
-            seconds = alternate(workers, warm_up=1, blocks=workload.turns, steps=1)
+            seconds = alternate(workers, warm_up=WARM_UP, blocks=workload.turns, steps=1)
             theirs, *ours = (worker.ask("stop") for worker in workers)
         finally:
             for worker in workers:
