@@ -30,12 +30,13 @@ def main(folder: pathlib.Path, sizes: dict[str, int]) -> None:
         make_schema("threadweaver", load_tokenizer()),
         EngineConfig(
             context_len=workload["context_len"],
+            rows=sizes["rows"],
             requests=sizes["rows"],
+            prefill_rows=sizes["prefill_rows"],
             max_threads=1,
             max_blocks=1,
             prefill_chunk=32,
             steps_per_dispatch=workload["context_len"],
-            **sizes,
         ),
     )
     requests = [
