@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import attention
 from benchmarks.blocks import Worker, alternate
 from benchmarks.forkjoin import PLOTS
 from benchmarks.rollout import PROMPT_LEN, equal_share, workloads
@@ -127,3 +128,20 @@ def test_peers_only_where_a_benchmark_takes_one(
     with pytest.raises(SystemExit):
         command.main()
     assert message in capsys.readouterr().err
+
+
+def test_the_attention_row_has_the_corpus_shape() -> None:
+    """Four blocks of two or three threads with 58 % of the text; tries fill their places."""
+    trajectory, trie = attention.trie_of_text(764)
+    assert [len(block.threads) for block in trajectory.blocks] == [2, 3, 2, 3]
+    share = attention.thread_tokens(trajectory) / len(trajectory.tokens)
+    assert share == pytest.approx(attention.PARALLEL_RATIO, abs=0.01)
+    row = attention.trie_row(8192, tries=8)[0]
+    fill = len(attention.corpus_trie(1023))
+    assert 1000 <= fill <= 1023
+    assert len(trie) <= fill + 10
+    roots = [start for start in range(8192) if row[start] - start >= fill]
+    assert roots == [1024 * i for i in range(8)]
+    close = attention.trie_row(8192, tries=8, aligned=False)[0]
+    assert (close[: 8 * fill] > np.arange(8 * fill)).all() and close[fill] == 2 * fill
+    assert attention.visible_pairs(row[None]) == attention.visible_pairs(close[None])
