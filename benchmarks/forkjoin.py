@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.forkjoin_counts import counts, engine_knows
+from benchmarks.forkjoin_counts import counts
 from benchmarks.scripted import Plot, scripted_request, scripted_trajectory
 from benchmarks.shapes import SMALL, TINY
 from tw_jax.models import Params, Qwen3Config, graphdef, init_params
@@ -122,8 +122,6 @@ def summarise(name: str, found: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Everything above, and `steps_per_critical_token`: engine steps over the critical path."""
-    if not engine_knows("scripts"):
-        return counts()
     found = measure_gain("100m", SMALL) | measure_gain("tiny", TINY)
     steps = [one["steps"] / one["critical_path"] for one in found["trajectories_100m"]]
     return found | {"steps_per_critical_token": max(steps)} | counts()

@@ -33,6 +33,7 @@ from tw_jax.train.scoring import token_logprobs
 from tw_jax.trajectory.schemas import make_schema
 
 PAGE_THREADS, PAGE_TOKENS, PREFIXES = 4, 96, (64, 256, 1024)
+PAGE_SIZE = 64
 POOL_FACTOR, POOL_TURNS, POOL_ROWS, POOL_TOKENS = 60, 7, 16, 128
 ROLLOUTS, BATCH, LENGTHS = 512, 64, (16, 128)
 
@@ -97,12 +98,13 @@ def page_ratios() -> dict[int, float]:
         max_threads=PAGE_THREADS,
         max_blocks=1,
         steps_per_dispatch=1,
+        page_size=PAGE_SIZE,
         scripts=True,
     )
     params, ratios = loaded_params(TINY), {}
     for prefix, story in zip(PREFIXES, stories, strict=True):
         (block,) = story.blocks
-        page, most = engine.config.page_size, 0
+        page, most = PAGE_SIZE, 0
         with engine.session(params) as session:
             session.submit(scripted_request(story, parallel=True, max_threads=PAGE_THREADS))
             while session.busy:
@@ -117,7 +119,8 @@ def page_ratios() -> dict[int, float]:
 def pool_copies(engine: RolloutEngine, params: Params) -> int:
     """Copies of whole cache or store arrays in the optimised program; the engine must have run."""
     assert engine.state is not None
-    text = engine.advance.lower(params, engine.state, 4, 1).compile().as_text()
+    weights = engine.weights(params)
+    text = engine.advance.lower(weights, engine.state, 4, 1).compile().as_text()
     leaves = jax.tree.leaves(engine.state)
     largest = max(leaf.nbytes for leaf in leaves)
     shapes = {tuple(sorted(leaf.shape)) for leaf in leaves if leaf.nbytes >= largest / 2}
@@ -132,9 +135,8 @@ def pool_size_slowdown() -> float:
     context_len = len(requests[0].prompt) + POOL_TOKENS
     sizes = {"context_len": context_len, "rows": POOL_ROWS, "requests": POOL_ROWS}
     sizes |= {"max_threads": 1, "max_blocks": 1, "steps_per_dispatch": context_len}
-    page = EngineConfig(**sizes).page_size
-    pages = POOL_ROWS * -(-context_len // page) + 1
-    engines = [make_engine(TINY, **sizes, pages=n) for n in (pages, POOL_FACTOR * pages)]
+    kept = (POOL_FACTOR - 1) * POOL_ROWS
+    engines = [make_engine(TINY, **sizes, kept_prefixes=n) for n in (0, kept)]
     params, seconds = loaded_params(TINY), ([], [])
     for turn in range(POOL_TURNS + 2):
         for side in (0, 1) if turn % 2 else (1, 0):
@@ -228,22 +230,15 @@ def logprob_max_abs_diff(compute_dtype: str) -> float:
     return float(apart[batch.loss_weight > 0].max())
 
 
-def engine_knows(*fields: str) -> bool:
-    """Whether the engine's configuration has these fields; keys that need others are left out."""
-    return set(fields) <= {field.name for field in dataclasses.fields(EngineConfig)}
-
-
 def counts() -> dict[str, Any]:
     """All of them."""
-    found: dict[str, Any] = {
+    by_prefix = page_ratios()
+    return {
         **recompiles_and_copies(),
         "dispatches_per_rollout": dispatches_per_rollout(),
         "logprob_max_abs_diff": logprob_max_abs_diff("float32"),
         "logprob_max_abs_diff_bfloat16": logprob_max_abs_diff("bfloat16"),
+        "page_ratio": max(by_prefix.values()),
+        "page_ratio_by_prefix": by_prefix,
+        "pool_size_slowdown": pool_size_slowdown(),
     }
-    if engine_knows("scripts", "page_size"):
-        by_prefix = page_ratios()
-        found |= {"page_ratio": max(by_prefix.values()), "page_ratio_by_prefix": by_prefix}
-    if engine_knows("pages", "page_size"):
-        found["pool_size_slowdown"] = pool_size_slowdown()
-    return found

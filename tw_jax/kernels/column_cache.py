@@ -232,15 +232,17 @@ def attend_rows(
     lines, kv_heads, _, page_size = keys[0].shape
     grouped = _grouped(q[:, None], kv_heads, keys[0].dtype)
     ends = [(positions - index * page_size)[:, None] for index in range(len(keys))]
-    # Lines behind the rows are read along in place: cheaper than a copy of the others.
-    behind = ((0, lines - rows), (0, 0), (0, 0), (0, 0))
+    # A few lines behind the rows are read along, which is cheaper than a copy of the others.
+    read = lines if lines <= 2 * rows else rows
+    behind = ((0, read - rows), (0, 0), (0, 0), (0, 0))
+    all_rows = jnp.pad(grouped, behind)
+    all_ends = [jnp.pad(end, behind[:2]) for end in ends]
 
     def column(index: int) -> _Partial:
         k, v, page = keys[index], values[index], table[:, index]
 
         def in_place():
-            all_ends = jnp.pad(ends[index], behind[:2])
-            part = _attend_page(jnp.pad(grouped, behind), k, v, all_ends)
+            part = _attend_page(all_rows, k[:read], v[:read], all_ends[index])
             return jax.tree.map(lambda x: x[:rows], part)
 
         def gather():
@@ -256,9 +258,8 @@ def attend_rows(
 
     def at_once(count: int):
         def attend():
-            all_ends = [jnp.pad(end, behind[:2]) for end in ends[:count]]
-            padded = jnp.pad(grouped, behind)
-            return _attend_pages(padded, keys[:count], values[:count], all_ends)[:rows]
+            k, v = ([x[:read] for x in columns[:count]] for columns in (keys, values))
+            return _attend_pages(all_rows, k, v, all_ends[:count])[:rows]
 
         return attend
 

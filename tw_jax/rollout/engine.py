@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.errors import UserError
 from tw_jax.kernels.column_cache import cache_layout
@@ -169,9 +170,16 @@ class RolloutEngine:
         state, self.state = self.state, None
         self._open = True
         try:
-            session = Session(
-                self, self.weights(params), self._new_state() if state is None else state, max_queue
-            )
+            weights = self.weights(params)
+            places = jax.tree.map(lambda leaf: leaf.sharding, weights)
+            # All of it is bound to its devices: what is not would be compiled for once more.
+            weights = jax.device_put(weights, places)
+            if state is None:
+                place = jax.tree.leaves(places)[0]
+                if isinstance(place, NamedSharding):
+                    place = NamedSharding(place.mesh, PartitionSpec())
+                state = jax.device_put(self._new_state(), place)
+            session = Session(self, weights, state, max_queue)
             yield session
             self.state = None if session.running else session.state
         finally:
