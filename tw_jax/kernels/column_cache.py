@@ -163,6 +163,37 @@ def copy_page(
     )
 
 
+def copy_tokens(
+    cache: ColumnCache,
+    source: Int32[Array, "columns"],
+    source_at: Int32[Array, "len"],
+    target: Int32[Array, "columns"],
+    target_at: Int32[Array, "len"],
+    valid: Bool[Array, "len"],
+) -> ColumnCache:
+    """Copies tokens from line to line in all layers, as they are.
+
+    Args:
+      cache: the cache.
+      source: pages of the line to read.
+      source_at: places in it.
+      target: pages of the line to write; they hold nothing of what is read.
+      target_at: places in it.
+      valid: tokens to copy.
+    """
+    page_size = cache.keys[0][0].shape[3]
+    column, offset = source_at // page_size, source_at % page_size
+    pages = jnp.broadcast_to(target, (len(target_at), len(target)))
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        k, v = 0.0, 0.0
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            here = (column == index)[:, None, None]
+            k = jnp.where(here, key[source[index], :, :, offset], k)
+            v = jnp.where(here, value[source[index], :, offset], v)
+        cache = write_tokens(cache, layer, pages, target_at, valid, jnp.asarray(k), jnp.asarray(v))
+    return cache
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReadPlan:

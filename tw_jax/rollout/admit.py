@@ -18,7 +18,7 @@ from tw_jax.rollout.pages import release, share
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.sampling_table import SamplingTable, sampling_table
-from tw_jax.rollout.spawn_join import open_blocks
+from tw_jax.rollout.spawn import open_blocks
 from tw_jax.rollout.state import (
     CONTEXT,
     FINISHED,
@@ -185,6 +185,8 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
             waiting=row_field(rows.waiting, False),
             n_known=row_field(rows.n_known, batch.known_len),
             n_kv=row_field(rows.n_kv, 0),
+            shift=row_field(rows.shift, 0),
+            bend=row_field(rows.bend, 0),
             source=row_field(rows.source, jnp.where(batch.source < 0, -1, source)),
             source_len=row_field(rows.source_len, batch.source_len),
             body=row_field(rows.body, batch.known_len),

@@ -40,6 +40,8 @@ OnFinish = Callable[[int, Rollout], None]
 # The prefill lane costs as much for one token as for all it can hold. For fewer tokens than this it
 # rests, and rows feed their known tokens one by one. Measured on CPU with 4 to 128 rows.
 LANE_MIN_TOKENS = 4
+# Join and position rules that `advance` follows.
+_JOINS = (("reencode", "contiguous"), ("gather_kv", "shared_start"))
 # Pages of a row by default, and the least size of one.
 _PAGES, _MIN_PAGE = 4, 64
 
@@ -125,7 +127,7 @@ class RolloutEngine:
 
         Args:
           graphdef: static half of the model, `tw_jax.models.graphdef(model_config)`.
-          schema: the language of parallel thought; its join rule must be "reencode".
+          schema: the language of parallel thought.
           config: sizes.
 
         Raises:
@@ -240,10 +242,11 @@ def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
 
 
 def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None:
-    if schema.join_rule != "reencode" or schema.position_rule != "contiguous":
+    if (schema.join_rule, schema.position_rule) not in _JOINS:
         raise UserError(
-            f"the rollout engine joins by re-encoding; schema {schema.name!r} joins by "
-            f"{schema.join_rule!r} at {schema.position_rule!r} positions"
+            f"schema {schema.name!r} joins by {schema.join_rule!r} at {schema.position_rule!r} "
+            "positions, which the rollout engine cannot do: it knows "
+            + " and ".join(f"{join} at {positions} positions" for join, positions in _JOINS)
         )
     if not schema.fork_join.fork or not schema.fork_join.header_suffix:
         raise UserError(f"schema {schema.name!r}: the fork and header texts must not be empty")
@@ -279,6 +282,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         prefill_min=1 if config.deterministic else LANE_MIN_TOKENS,
         deterministic=config.deterministic,
         scripts=config.scripts,
+        gathers=schema.join_rule == "gather_kv",
         tokens=schema.fork_join,
         eos_id=schema.eos_id,
         alphabet=outline_alphabet(schema, model.vocab_size),
