@@ -7,12 +7,25 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from tw_jax.rollout.state import COUNT, JOIN_END, REASON, RUNNING, THREADS, EngineState, Program
+from tw_jax.rollout.rollout import Rollout
+from tw_jax.rollout.state import (
+    BODY_AT,
+    COUNT,
+    EOS,
+    JOIN_END,
+    JOINED,
+    REASON,
+    RUNNING,
+    TAG_AT,
+    THREADS,
+    EngineState,
+    Program,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class LiveThread:
-    """One thread of the open block.
+    """One thread of a block.
 
     Attributes:
       ordinal: 1, 2, ... in the order of the outlines.
@@ -39,6 +52,7 @@ class LiveText:
       prompt_len: tokens of the prompt.
       block: index of the open block, -1 between blocks.
       threads: threads of the open block that have begun.
+      closed: the joined threads of each block before it, in join order.
     """
 
     tokens: Int32[np.ndarray, "len"]
@@ -46,6 +60,7 @@ class LiveText:
     prompt_len: int
     block: int
     threads: tuple[LiveThread, ...]
+    closed: tuple[tuple[LiveThread, ...], ...] = ()
 
 
 def live_texts(program: Program, state: EngineState, slots: Iterable[int]) -> dict[int, LiveText]:
@@ -56,6 +71,28 @@ def live_texts(program: Program, state: EngineState, slots: Iterable[int]) -> di
     # Everything but the cache.
     host: EngineState = jax.device_get(dataclasses.replace(state, cache=None))
     return {slot: _live_text(program, host, slot) for slot in wanted}
+
+
+def finished_text(rollout: Rollout) -> LiveText:
+    """What a finished request has written, as it would have been seen while it ran."""
+    trajectory = rollout.trajectory
+    logprobs = np.zeros(len(trajectory.tokens), np.float32)
+    closed: list[list[LiveThread]] = [[] for _ in trajectory.blocks]
+    for unit in rollout.units:
+        logprobs[unit.start : unit.start + len(unit.logprobs)] = unit.logprobs
+        if unit.kind == "thread":
+            span = trajectory.blocks[unit.block].threads[unit.thread - 1]
+            header = trajectory.tokens[span.start : span.body]
+            tokens = np.concatenate([header, unit.completion])
+            closed[unit.block].append(LiveThread(unit.thread, tokens, len(header), True))
+    return LiveText(
+        tokens=trajectory.tokens,
+        logprobs=logprobs,
+        prompt_len=trajectory.prompt_len,
+        block=-1,
+        threads=(),
+        closed=tuple(map(tuple, closed)),
+    )
 
 
 def _live_text(program: Program, host: EngineState, slot: int) -> LiveText:
@@ -76,7 +113,23 @@ def _live_text(program: Program, host: EngineState, slot: int) -> LiveText:
         prompt_len=int(requests.prompt_len[slot]),
         block=block,
         threads=live,
+        closed=tuple(
+            _joined_threads(program, host, slot, block) for block in range(requests.block[slot])
+        ),
     )
+
+
+def _joined_threads(
+    program: Program, host: EngineState, slot: int, block: int
+) -> tuple[LiveThread, ...]:
+    joined, text = host.records.blocks[slot, block, JOINED], host.tokens[slot * program.max_threads]
+    found = []
+    for index, fields in enumerate(host.records.threads[slot, block, :joined].tolist()):
+        tokens = np.array(text[fields[TAG_AT] : fields[BODY_AT] + fields[COUNT]])
+        if fields[REASON] == EOS:  # its place in the joined text holds the closer
+            tokens[-1] = program.eos_id
+        found.append(LiveThread(index + 1, tokens, fields[BODY_AT] - fields[TAG_AT], True))
+    return tuple(found)
 
 
 def _threads(program: Program, host: EngineState, slot: int) -> tuple[LiveThread, ...]:
