@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 INTERNAL = "internal error; the server's log says more"
+MAX_MESSAGE = 500  # characters
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """A request that is answered with an error.
 
     Attributes:
@@ -31,7 +33,11 @@ class ApiError(Exception):
         retry_after_s: int | None = None,
     ) -> None:
         """See the class."""
-        super().__init__(message)
+        # Clients' words are repeated in messages: briefly, and without lone surrogates, which JSON
+        # can smuggle in.
+        message, param = _clean(message), None if param is None else _clean(param)
+        # Of this class, since FastAPI lets no other pass while it reads a body.
+        super().__init__(status, message)
         self.status, self.message, self.type = status, message, type
         self.param, self.code, self.retry_after_s = param, code, retry_after_s
 
@@ -49,6 +55,11 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body, self.status, headers)
+
+
+def _clean(text: str) -> str:
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    return shown if len(shown) <= MAX_MESSAGE else f"{shown[:MAX_MESSAGE]}..."
 
 
 def internal_error() -> ApiError:
