@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tests.rollout.small_world import ID, PIECES, VOCAB, text_of
-from tw_jax.rollout.request import Request
+from tw_jax.rollout.request import Request, SamplingParams
 
 NUMBER = re.compile(r"<Outline>\s*(\d+(?:\.\d+)*)\s*:")
 FORK, CLOSE, JOIN = [ID["\n"]], [ID["\n"], ID["</Thread>"]], [ID["\n"]]
@@ -72,25 +72,31 @@ class HostOracle:
         """Runs one request."""
         return _Run(self, request).run()
 
-    def sample(self, request: Request, unit: int, context: list[int]) -> tuple[int, float]:
-        """The next token of a unit and its log-probability at temperature 1."""
+    def sample(
+        self, request: Request, unit: int, context: list[int], start: int
+    ) -> tuple[int, float]:
+        """The next token of a unit, which has sampled from `start` on, and its log-probability.
+
+        The latter is that of the raw logits.
+        """
         padded = np.zeros(self.context_len, np.int32)
         padded[: len(context)] = context
         logits = np.asarray(self._last_logits(padded, len(context)), np.float64)
         s = request.sampling
         logprobs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        logits = changed_logits(logits, s, context, start)
         if s.temperature == 0:
             token = int(logits.argmax())
         else:
             words = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
             noise = np.asarray(self._noise(words, unit, len(context)))
             scaled = logits / s.temperature
-            allowed = self._allowed(scaled, s.top_k, s.top_p)
+            allowed = self._allowed(scaled, s.top_k, s.top_p, s.min_p)
             token = int(np.where(allowed, scaled + noise, -np.inf).argmax())
         return token, float(logprobs[token])
 
     @staticmethod
-    def _allowed(scaled: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    def _allowed(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
         order = np.argsort(-scaled)
         if top_k:
             order = order[:top_k]
@@ -101,7 +107,23 @@ class HostOracle:
             order = order[:keep]
         allowed = np.zeros(VOCAB, bool)
         allowed[order] = True
-        return allowed
+        return allowed & (np.exp(scaled - scaled.max()) >= min_p)
+
+
+def changed_logits(
+    logits: np.ndarray, sampling: SamplingParams, context: list[int], start: int
+) -> np.ndarray:
+    """Repetition penalty, then bias."""
+    logits = logits.copy()
+    counted = context if sampling.repetition_scope == "context" else context[start:]
+    for token in set(counted):
+        if logits[token] > 0:
+            logits[token] /= sampling.repetition_penalty
+        else:
+            logits[token] *= sampling.repetition_penalty
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    return logits
 
 
 class _Run:
@@ -144,9 +166,12 @@ class _Run:
         """Decodes sequential text until it spawns or ends: (reason, logprobs, numbers)."""
         logprobs: list[float] = []
         fresh = not forced  # a forced prefix may end with the trigger already
+        start = len(self.tokens)
         while True:
             if fresh:
-                token, logprob = self.oracle.sample(self.request, self.block * 1024, self.tokens)
+                token, logprob = self.oracle.sample(
+                    self.request, self.block * 1024, self.tokens, start
+                )
                 self.tokens.append(token)
                 logprobs.append(logprob)
                 if token == ID["<eos>"]:
@@ -227,7 +252,7 @@ class _Run:
         logprobs: list[float] = []
         while True:
             token, logprob = self.oracle.sample(
-                self.request, self.block * 1024 + ordinal, [*context, *body]
+                self.request, self.block * 1024 + ordinal, [*context, *body], len(context)
             )
             body.append(token)
             logprobs.append(logprob)

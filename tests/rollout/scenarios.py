@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
 from tests.rollout.host_oracle import HostOracle, OracleRollout
-from tests.rollout.small_world import ids, make_model
+from tests.rollout.small_world import ID, ids, make_model
 from tw_jax.rollout.engine import EngineConfig
 from tw_jax.rollout.request import Request, SamplingParams
 
@@ -92,6 +93,25 @@ def named_requests() -> dict[str, Request]:
         "top-k": request(28, three, top_k=2),
         "top-p": request(29, three, top_p=0.5),
         "both, warm": request(30, plans("1", "2"), top_k=6, top_p=0.8, temperature=1.5),
+        "min-p": request(36, three, min_p=0.2),
+        "everything, warm": request(
+            37, three, temperature=1.4, top_k=8, top_p=0.9, min_p=0.05, repetition_penalty=1.2
+        ),
+        "penalty on the context": request(38, three, repetition_penalty=1.5),
+        "penalty on the unit": request(
+            39, three, repetition_penalty=1.5, repetition_scope="unit", max_thread_tokens=20
+        ),
+        "penalty, greedy": request(40, three, temperature=0.0, repetition_penalty=1.3),
+        "penalty that rewards": request(41, plans("2", "1"), repetition_penalty=0.8),
+        "penalty behind a joined block": request(
+            42, plans("1", "2"), repetition_penalty=2.0, max_thread_tokens=8, max_blocks=1
+        ),
+        "bias": request(43, three, logit_bias=((ID["a"], 2.5), (ID["\n"], -4.0))),
+        "ban": request(44, three, logit_bias=((ID["<eos>"], -math.inf), (ID["b"], -math.inf))),
+        "ban, greedy": request(45, temperature=0.0, logit_bias=((ID["<eos>"], -math.inf),)),
+        "penalty and bias": request(
+            46, three, repetition_penalty=1.3, logit_bias=((ID["a"], 1.0),), min_p=0.1
+        ),
         "seed of 64 bits": request(2**63 + 5, plans("1", "2")),
         "prompt of one token": request(31, prompt="<bos>"),
         "long prompt": request(32, plans("2", "1"), "<bos>" + "abc " * 15),

@@ -1,6 +1,7 @@
 """What the engine promises besides its tokens: no recompilation, no copies, clear errors."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -17,7 +18,7 @@ from tests.rollout.scenarios import (
     scenarios,
     small_requests,
 )
-from tests.rollout.small_world import CONFIG, ids, make_model, make_schema
+from tests.rollout.small_world import CONFIG, ID, ids, make_model, make_schema
 from tw_jax.errors import UserError
 from tw_jax.models import graphdef
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
@@ -27,6 +28,16 @@ from tw_jax.rollout.request import Request
 @pytest.fixture(scope="module")
 def engine():
     return RolloutEngine(make_model()[0], make_schema(), LOOP)
+
+
+def changed_requests():
+    """Requests with and without penalties and biases."""
+    return [
+        *small_requests(3),
+        *small_requests(3, repetition_penalty=1.4, min_p=0.05),
+        *small_requests(3, repetition_penalty=1.7, repetition_scope="unit", temperature=0.0),
+        *small_requests(3, logit_bias=((ID["a"], -math.inf), (ID["b"], 2.0)), top_p=0.9),
+    ]
 
 
 def token_lists(rollouts):
@@ -64,6 +75,7 @@ def test_nothing_compiles_after_the_first_call(engine):
         engine.generate(params, small_requests(9, temperature=0.5))
         engine.generate(params, small_requests(3, top_k=3, top_p=0.9, max_thread_tokens=30))
         engine.generate(params, [request(0, mode="sequential", prompt="<bos>" + "abc" * 20)])
+        engine.generate(params, changed_requests())
         engine.generate(params, [])
         assert not compiled
     finally:
@@ -77,6 +89,49 @@ def test_tokens_do_not_depend_on_batch_order_or_neighbours(engine):
     alone = token_lists(engine.generate(params, [requests[3]]))
     assert together == reverse
     assert together[3] == alone[0]
+
+
+def test_penalties_and_biases_do_not_reach_the_neighbours(engine):
+    """Any order, and alone: a row changes its own logits only, and by its own text only."""
+    params, requests = make_model()[1], changed_requests()
+    together = token_lists(engine.generate(params, requests))
+    order = np.random.default_rng(0).permutation(len(requests))
+    shuffled = token_lists(engine.generate(params, [requests[i] for i in order]))
+    assert [together[i] for i in order] == shuffled
+    assert together[:3] == token_lists(engine.generate(params, requests[:3]))
+    assert together[4] == token_lists(engine.generate(params, [requests[4]]))[0]
+
+
+def test_the_scope_of_a_penalty_is_what_it_counts(engine):
+    """Only tokens of the prompt are penalised at first: the scope of the unit knows none."""
+    params = make_model()[1]
+
+    def first_token(**sampling):
+        asked = request(3, prompt="<bos>abcdef", temperature=0.0, max_response_tokens=1, **sampling)
+        return int(engine.generate(params, [asked])[0].response[0])
+
+    plain, rewarded = first_token(), first_token(repetition_penalty=0.01)
+    assert plain not in ids("<bos>abcdef")
+    assert rewarded in ids("<bos>abcdef")
+    assert first_token(repetition_penalty=0.01, repetition_scope="unit") == plain
+
+
+def test_a_banned_token_is_never_sampled(engine):
+    """Wherever the unbanned model samples it; the engine itself may still write it."""
+    banned = [ID["a"], ID["</Thread>"], ID["\n"]]
+    ban = tuple((token, -math.inf) for token in banned)
+    params = make_model()[1]
+
+    def sampled(**sampling):
+        requests = [*small_requests(8, **sampling), *small_requests(4, top_k=3, **sampling)]
+        rollouts = engine.generate(params, requests)
+        return {int(t) for r in rollouts for unit in r.units for t in unit.completion}, rollouts
+
+    assert sampled()[0] >= set(banned)
+    tokens, rollouts = sampled(logit_bias=ban)
+    assert not tokens & set(banned)
+    assert any(ID["</Thread>"] in rollout.response for rollout in rollouts)
+    assert all(np.isfinite(unit.logprobs).all() for r in rollouts for unit in r.units)
 
 
 def test_the_timeline_is_a_schedule(engine):
@@ -172,6 +227,7 @@ def test_deterministic_logprobs_do_not_depend_on_the_schedule():
         ({"rows": 0}, "engine.rows=0"),
         ({"prefill_rows": 99}, "engine.prefill_rows=99"),
         ({"prefill_chunk": 999}, "engine.prefill_chunk=999"),
+        ({"max_logit_bias": -1}, "engine.max_logit_bias=-1: must be at least 0"),
         ({"max_threads": 5000}, "engine.max_threads=5000"),
     ],
 )
@@ -193,6 +249,19 @@ def test_refuses_sizes_that_do_not_fit(fields, message):
         (request(0, temperature=float("nan")), "temperature"),
         (request(0, top_p=0.0), "top_p"),
         (request(0, top_k=-1), "top_k"),
+        (request(0, min_p=1.5), "min_p=1.5 must lie in 0..1"),
+        (request(0, min_p=float("nan")), "min_p=nan"),
+        (request(0, repetition_penalty=0.0), "repetition_penalty=0.0 must lie in 0.01..100"),
+        (request(0, repetition_penalty=math.inf), "repetition_penalty=inf"),
+        (request(0, repetition_scope="all"), "repetition_scope='all'"),
+        (request(0, logit_bias=((24, 1.0),)), "names token 24: ids lie in 0..23"),
+        (request(0, logit_bias=((-1, 1.0),)), "names token -1"),
+        (request(0, logit_bias=((1, 1.0), (1, 2.0))), "names token 1 twice"),
+        (request(0, logit_bias=((1, math.inf),)), "gives token 1 inf"),
+        (request(0, logit_bias=((1, math.nan),)), "gives token 1 nan"),
+        (request(0, logit_bias=((1, -1001.0),)), "must lie in -1000..1000, or be -inf"),
+        (request(0, logit_bias=tuple((i, 1.0) for i in range(40))), "engine.max_logit_bias=32"),
+        (request(0, logit_bias=tuple((i, -math.inf) for i in range(24))), "bans every token"),
         (request(-1), "seed=-1"),
         (request(2**64), "seed="),
         (request(0, mode="both"), "mode='both'"),

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,14 +7,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.rollout.host_oracle import changed_logits
+from tw_jax.rollout.logit_changes import change_logits, wants_change
+from tw_jax.rollout.request import SamplingParams
 from tw_jax.rollout.sampling import keep_likely, sample_tokens, token_noise, unit_number
+from tw_jax.rollout.sampling_table import sampling_table
 
 ROWS, VOCAB = 4, 11
 KEEP_LIKELY = jax.jit(keep_likely)
 
 
-def sorted_oracle(logits, top_k, top_p):
-    """Top-k, then top-p over what is left, by sorting."""
+def table(*params, entries=3, vocab=VOCAB):
+    return jax.tree.map(
+        jnp.asarray, sampling_table(dict(enumerate(params)), len(params), vocab, entries)
+    )
+
+
+def no_context(rows):
+    """Of rows that count no tokens."""
+    nothing = jnp.zeros(rows, jnp.int32)
+    return lambda: (nothing[:, None], nothing, nothing)
+
+
+def sorted_oracle(logits, top_k, top_p, min_p):
+    """Top-k, top-p over what is left, by sorting; then min-p."""
     order = np.argsort(-logits, kind="stable")
     if top_k:
         order = order[:top_k]
@@ -21,7 +39,8 @@ def sorted_oracle(logits, top_k, top_p):
     before = np.cumsum(probability) - probability
     if top_p < 1:
         order = order[before < top_p]
-    return set(order.tolist())
+    ratio = np.exp(logits[order] - logits.max())
+    return set(order[ratio >= min_p].tolist())
 
 
 @settings(max_examples=60)
@@ -29,19 +48,21 @@ def sorted_oracle(logits, top_k, top_p):
     st.integers(0, 2**31 - 1),
     st.lists(st.integers(0, VOCAB + 2), min_size=ROWS, max_size=ROWS),
     st.lists(st.sampled_from([0.05, 0.3, 0.55, 0.9, 1.0]), min_size=ROWS, max_size=ROWS),
+    st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.7, 1.0]), min_size=ROWS, max_size=ROWS),
 )
-def test_candidates_equal_those_of_sorting(seed, top_k, top_p):
+def test_candidates_equal_those_of_sorting(seed, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).normal(size=(ROWS, VOCAB)).astype(np.float32) * 2
-    kept = np.asarray(KEEP_LIKELY(logits, jnp.array(top_k), jnp.array(top_p, jnp.float32)))
+    asked = (jnp.array(top_k), jnp.array(top_p, jnp.float32), jnp.array(min_p, jnp.float32))
+    kept = np.asarray(KEEP_LIKELY(logits, *asked))
     for row in range(ROWS):
-        expected = sorted_oracle(logits[row], top_k[row], top_p[row])
+        expected = sorted_oracle(logits[row], top_k[row], top_p[row], min_p[row])
         assert set(np.flatnonzero(np.isfinite(kept[row])).tolist()) == expected
         assert (kept[row] == logits[row])[list(expected)].all()
 
 
 def test_ties_are_kept_together():
     logits = jnp.array([[1.0, 3.0, 3.0, 0.0, -jnp.inf]])
-    kept = keep_likely(logits, jnp.array([1]), jnp.array([1.0]))
+    kept = keep_likely(logits, jnp.array([1]), jnp.array([1.0]), jnp.array([0.0]))
     assert np.isfinite(np.asarray(kept[0])).tolist() == [False, True, True, False, False]
 
 
@@ -65,10 +86,9 @@ def test_draws_follow_the_distribution():
     token, logprob = sample_tokens(
         jnp.broadcast_to(jnp.array(logits), (draws, 5)),
         lambda: token_noise(keys, zeros, zeros, 5),
-        jnp.full(draws, temperature),
-        zeros,
-        jnp.ones(draws),
+        table(SamplingParams(temperature=temperature), vocab=5).take(zeros),
         jnp.ones(draws, bool),
+        no_context(draws),
     )
     expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum() * draws
     counts = np.bincount(np.asarray(token), minlength=5)
@@ -84,9 +104,69 @@ def test_cold_sampling_is_greedy(temperature):
     token, _ = sample_tokens(
         logits,
         lambda: noise,
-        jnp.full(2, temperature),
-        jnp.zeros(2, jnp.int32),
-        jnp.ones(2),
+        table(*[SamplingParams(temperature=temperature)] * 2, vocab=4),
         jnp.ones(2, bool),
+        no_context(2),
     )
     assert token.tolist() == [1, 0], "the first of equals"
+
+
+CONTEXT_LEN = 9
+PARAMS = st.builds(
+    SamplingParams,
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.5, 1.3, 4.0]),
+    repetition_scope=st.sampled_from(["unit", "context"]),
+    logit_bias=st.dictionaries(
+        st.integers(0, VOCAB - 1), st.sampled_from([-math.inf, -3.5, 0.0, 2.25]), max_size=3
+    ).map(lambda entries: tuple(entries.items())),
+)
+
+
+@jax.jit
+def changed(logits, asked, tokens, start, end):
+    return change_logits(logits, asked, lambda: (tokens, start, end)), wants_change(asked)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**31 - 1), st.lists(PARAMS, min_size=ROWS, max_size=ROWS))
+def test_changed_logits_equal_those_of_plain_numpy(seed, params):
+    """Row by row; a row that asks for nothing keeps its logits to the last bit."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32) * 2
+    tokens = rng.integers(0, VOCAB, (ROWS, CONTEXT_LEN))
+    end = rng.integers(1, CONTEXT_LEN + 1, ROWS)
+    start = np.array([rng.integers(0, e + 1) for e in end])
+    ours, wants = map(np.asarray, changed(logits, table(*params), tokens, start, end))
+    for row, asked in enumerate(params):
+        context = tokens[row, : end[row]].tolist()
+        expected = changed_logits(logits[row], asked, context, start[row])
+        np.testing.assert_allclose(ours[row], expected, rtol=1e-6)
+        asks = asked.repetition_penalty != 1 or any(bias for _, bias in asked.logit_bias)
+        assert wants[row] == asks
+        if not asks:
+            assert (ours[row] == logits[row]).all()
+
+
+def test_recorded_logprobs_are_those_of_the_raw_logits():
+    logits = jnp.array([[0.1, 2.0, 1.5, 1.0]] * 2)
+    params = SamplingParams(temperature=0.0, logit_bias=((1, -math.inf),))
+    penalty = SamplingParams(temperature=0.0, repetition_penalty=3.0)
+    tokens = jnp.array([[0, 0], [1, 2]])
+    token, logprob = sample_tokens(
+        logits,
+        lambda: jnp.zeros((2, 4)),
+        table(params, penalty, vocab=4),
+        jnp.ones(2, bool),
+        lambda: (tokens, jnp.array([0, 0]), jnp.array([2, 2])),
+    )
+    assert token.tolist() == [2, 3], "greedy knows bias and penalty"
+    np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits)[jnp.arange(2), token])
+
+
+def test_no_room_for_biases_takes_no_memory():
+    asked = table(SamplingParams(repetition_penalty=2.0), entries=0)
+    assert asked.bias.size == asked.bias_ids.size == 0
+    one = jnp.ones(1, jnp.int32)
+    changed_, wants = changed(jnp.ones((1, VOCAB)), asked, jnp.array([[4, 5]]), 0 * one, one)
+    assert wants.tolist() == [True]
+    assert changed_[0].tolist() == [0.5 if token == 4 else 1.0 for token in range(VOCAB)]

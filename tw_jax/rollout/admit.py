@@ -15,6 +15,7 @@ from tw_jax.rollout.advance import end_segments, split_spawns
 from tw_jax.rollout.outlines import read_token
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.sampling import unit_number
+from tw_jax.rollout.sampling_table import SamplingTable, sampling_table
 from tw_jax.rollout.spawn_join import open_blocks
 from tw_jax.rollout.state import (
     CONTEXT,
@@ -46,9 +47,7 @@ class Admission:
       max_threads: see `Requests`.
       max_thread_tokens: see `Requests`.
       max_blocks: see `Requests`.
-      temperature: see `Requests`.
-      top_k: see `Requests`.
-      top_p: see `Requests`.
+      sampling: see `Requests`.
     """
 
     arrives: Bool[Array, "requests"]
@@ -63,9 +62,7 @@ class Admission:
     max_threads: Int32[Array, "requests"]
     max_thread_tokens: Int32[Array, "requests"]
     max_blocks: Int32[Array, "requests"]
-    temperature: Float32[Array, "requests"]
-    top_k: Int32[Array, "requests"]
-    top_p: Float32[Array, "requests"]
+    sampling: SamplingTable
 
 
 def admission(program: Program, arrivals: Sequence[tuple[int, int, Request]]) -> Admission:
@@ -76,8 +73,12 @@ def admission(program: Program, arrivals: Sequence[tuple[int, int, Request]]) ->
         "tokens": np.zeros((n, program.store_len), np.int32),
         "key": np.zeros((n, 2), np.uint32),
         "parallel": np.zeros(n, np.bool_),
-        "temperature": np.zeros(n, np.float32),
-        "top_p": np.ones(n, np.float32),
+        "sampling": sampling_table(
+            {slot: request.sampling for slot, _, request in arrivals},
+            n,
+            program.vocab,
+            program.max_logit_bias,
+        ),
     }
     for field in dataclasses.fields(Admission):
         fields.setdefault(field.name, np.zeros(n, np.int32))
@@ -106,9 +107,6 @@ def _asked(program: Program, ticket: int, request: Request) -> dict[str, Any]:
         "max_threads": sampling.max_threads,
         "max_thread_tokens": min(sampling.max_thread_tokens, program.context_len),
         "max_blocks": sampling.max_blocks,
-        "temperature": sampling.temperature,
-        "top_k": min(sampling.top_k, program.vocab),
-        "top_p": sampling.top_p,
     }
 
 
@@ -132,7 +130,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
     asked = {
         field.name: request_field(getattr(requests, field.name), getattr(batch, field.name))
         for field in dataclasses.fields(requests)
-        if field.name in Admission.__dataclass_fields__
+        if field.name in Admission.__dataclass_fields__ and field.name != "sampling"
     }
     area = jnp.where(arrives, slots * program.max_threads, len(state.tokens))
     state = replace(
@@ -155,6 +153,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
         requests=replace(
             requests,
             **asked,
+            sampling=requests.sampling.replaced(arrives, batch.sampling),
             phase=request_field(requests.phase, SEGMENT),
             row=request_field(requests.row, row),
             block=request_field(requests.block, 0),

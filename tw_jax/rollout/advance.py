@@ -196,10 +196,9 @@ def _decode_lane(
         token, logprob = sample_tokens(
             logits,
             noise,
-            requests.temperature[rows.request],
-            requests.top_k[rows.request],
-            requests.top_p[rows.request],
+            requests.sampling.take(rows.request),
             sampled,
+            functools.partial(_own_context, program, state),
         )
     area = jnp.where(sampled, rows.area, len(state.tokens))
     return (
@@ -220,6 +219,20 @@ def _decode_lane(
         token,
         sampled,
     )
+
+
+def _own_context(
+    program: Program, state: EngineState
+) -> tuple[Int32[Array, "rows store"], Int32[Array, "rows"], Int32[Array, "rows"]]:
+    """What each row's unit sees, and from where to where it has sampled itself.
+
+    Threads from the second on see the joined text up to the fork only.
+    """
+    rows = state.rows
+    joined = state.tokens[rows.request * program.max_threads]
+    before_fork = jnp.arange(joined.shape[1])[None] < state.threads.fork_at[rows.request][:, None]
+    inherited = (rows.thread[:, None] > 1) & before_fork
+    return jnp.where(inherited, joined, state.tokens[rows.area]), rows.body, rows.n_known
 
 
 def _end_threads(

@@ -11,7 +11,6 @@ whatever the requests ask for.
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -27,6 +26,7 @@ from tw_jax.rollout.outlines import outline_alphabet
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
+from tw_jax.rollout.sampling_table import check_sampling
 from tw_jax.rollout.session import Session
 from tw_jax.rollout.spawn_join import interrupt_requests
 from tw_jax.rollout.state import EngineState, Program, new_state
@@ -52,6 +52,7 @@ class EngineConfig:
         `requests == rows` one rollout fewer runs.
       max_threads: most threads of a block.
       max_blocks: most parallel blocks of a rollout.
+      max_logit_bias: most tokens that a request may bias; 0 makes no room for any.
       max_number_digits: most tokens of an outline's number; longer ones are no numbers.
       prefill_rows: rows that are fed a chunk of known tokens in one step.
       prefill_chunk: tokens of such a chunk.
@@ -66,6 +67,7 @@ class EngineConfig:
     requests: int = 64
     max_threads: int = 8
     max_blocks: int = 16
+    max_logit_bias: int = 32
     max_number_digits: int = 2
     prefill_rows: int = 4
     prefill_chunk: int = 16
@@ -75,8 +77,9 @@ class EngineConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "deterministic" and value < 1:
-                raise UserError(f"engine.{field.name}={value}: must be at least 1")
+            least = 0 if field.name == "max_logit_bias" else 1
+            if field.name != "deterministic" and value < least:
+                raise UserError(f"engine.{field.name}={value}: must be at least {least}")
         if self.rows < self.requests:
             raise UserError(
                 f"engine.rows={self.rows} is less than engine.requests={self.requests}: every "
@@ -240,6 +243,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         max_threads=config.max_threads,
         max_digits=config.max_number_digits,
         max_blocks=config.max_blocks,
+        max_logit_bias=config.max_logit_bias,
         prefill_rows=config.prefill_rows,
         prefill_chunk=config.prefill_chunk,
         prefill_min=1 if config.deterministic else LANE_MIN_TOKENS,
@@ -278,10 +282,7 @@ def _check_request(name: str, request: Request, config: EngineConfig, model: Qwe
             )
     if sampling.max_thread_tokens < 1:
         raise UserError(f"{name}: sampling.max_thread_tokens must be at least 1")
-    if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
-        raise UserError(f"{name}: sampling.temperature={sampling.temperature} must be >= 0")
-    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
-        raise UserError(f"{name}: sampling.top_k must be >= 0 and 0 < top_p <= 1")
+    check_sampling(name, sampling, model.vocab_size, config.max_logit_bias)
     if request.timeout_s is not None and not request.timeout_s > 0:
         raise UserError(f"{name}: timeout_s={request.timeout_s} must be positive")
     if not 0 <= request.seed < 2**64:

@@ -1,4 +1,4 @@
-"""Draws tokens from logits: greedy, temperature, top-k and top-p, each per row.
+"""Draws tokens from logits: greedy, temperature, top-k, top-p and min-p, each per row.
 
 A row's noise depends on its key alone, so a token does not depend on the batch around it.
 """
@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from tw_jax.rollout.logit_changes import ContextReader, change_logits, wants_change
+from tw_jax.rollout.sampling_table import SamplingTable
 
 # Units are keyed `block * BLOCK_STRIDE + ordinal`; ordinals (threads of a block) stay below it.
 BLOCK_STRIDE = 1024
@@ -39,16 +42,18 @@ def keep_likely(
     logits: Float32[Array, "rows vocab"],
     top_k: Int32[Array, "rows"],
     top_p: Float32[Array, "rows"],
+    min_p: Float32[Array, "rows"],
 ) -> Float32[Array, "rows vocab"]:
-    """Masks what top-k, then top-p over the renormalised rest, leave out; ties are kept.
+    """Masks what top-k, top-p over the renormalised rest, and min-p leave out; ties are kept.
 
-    Both cut at a value, which is found by bisection over all float32 numbers: 32 passes over the
-    logits are several times faster than sorting them.
+    The first two cut at a value, which is found by bisection over all float32 numbers: 32 passes
+    over the logits are several times faster than sorting them.
 
     Args:
       logits: already divided by the temperature.
       top_k: 0 keeps all.
       top_p: 1 keeps all.
+      min_p: 0 keeps all.
     """
     order = _sortable(logits)
 
@@ -73,6 +78,8 @@ def keep_likely(
     kept = jnp.ones(logits.shape, bool)
     kept = lax.cond((top_k > 0).any(), cut_k, lambda kept: kept, kept)
     kept = lax.cond((top_p < 1).any(), cut_p, lambda kept: kept, kept)
+    # A ratio of probabilities is a difference of logits; log(0) = -inf keeps all.
+    kept &= logits >= logits.max(axis=-1, keepdims=True) + jnp.log(min_p)[:, None]
     return jnp.where(kept, logits, -jnp.inf)
 
 
@@ -109,35 +116,43 @@ def _first_highest(x: Float32[Array, "rows vocab"]) -> Int32[Array, "rows"]:
 def sample_tokens(
     logits: Float32[Array, "rows vocab"],
     noise: Callable[[], Float32[Array, "rows vocab"]],
-    temperature: Float32[Array, "rows"],
-    top_k: Int32[Array, "rows"],
-    top_p: Float32[Array, "rows"],
+    asked: SamplingTable,
     active: Bool[Array, "rows"],
+    read_context: ContextReader,
 ) -> tuple[Int32[Array, "rows"], Float32[Array, "rows"]]:
     """Draws one token per row by the Gumbel-max rule; temperature 0 is greedy.
 
     Args:
       logits: raw logits of the model.
       noise: makes the Gumbel noise; called only if an active row is not greedy.
-      temperature: of each row.
-      top_k: of each row; looked at only if an active row restricts its candidates.
-      top_p: of each row, likewise.
+      asked: how each row wants its token drawn; what no active row asks for costs nothing.
       active: rows whose token will be used.
+      read_context: see `change_logits`.
 
     Returns:
       Tokens, and their log-probabilities under `softmax(logits)`, that is at temperature 1 and
-      before top-k and top-p.
+      before penalty, bias, top-k, top-p and min-p.
     """
-    warm = temperature > 0
-    restricted = active & warm & ((top_k > 0) | (top_p < 1))
+    warm = asked.temperature > 0
+    restricted = active & warm & ((asked.top_k > 0) | (asked.top_p < 1) | (asked.min_p > 0))
 
-    def draw():
-        scaled = logits / jnp.where(warm, temperature, 1.0)[:, None]
-        scaled = lax.cond(
-            restricted.any(), lambda: keep_likely(scaled, top_k, top_p), lambda: scaled
-        )
-        return _first_highest(jnp.where(warm[:, None], scaled + noise(), logits))
+    def pick(logits):
+        def draw():
+            scaled = logits / jnp.where(warm, asked.temperature, 1.0)[:, None]
+            scaled = lax.cond(
+                restricted.any(),
+                lambda: keep_likely(scaled, asked.top_k, asked.top_p, asked.min_p),
+                lambda: scaled,
+            )
+            return _first_highest(jnp.where(warm[:, None], scaled + noise(), logits))
 
-    token = lax.cond((active & warm).any(), draw, lambda: _first_highest(logits))
+        return lax.cond((active & warm).any(), draw, lambda: _first_highest(logits))
+
+    # Two copies of the drawing: one place for both would have to copy the logits in every step.
+    token = lax.cond(
+        (active & wants_change(asked)).any(),
+        lambda: pick(change_logits(logits, asked, read_context)),
+        lambda: pick(logits),
+    )
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from tw_jax.kernels.slot_attention import SlotCache, SlotLayout, empty_cache
 from tw_jax.rollout.outlines import OutlineAlphabet, OutlineReader, new_reader
+from tw_jax.rollout.sampling_table import SamplingTable, sampling_table
 from tw_jax.trajectory.schema import ForkJoinTokens
 
 # Phases of a request slot.
@@ -54,6 +55,7 @@ class Program:
       max_threads: threads per block.
       max_digits: tokens of an outline number.
       max_blocks: parallel blocks per rollout.
+      max_logit_bias: biased tokens per request.
       prefill_rows: rows that the prefill lane feeds at once.
       prefill_chunk: tokens it feeds per row.
       prefill_min: pending tokens below which the lane rests and rows feed them one by one.
@@ -73,6 +75,7 @@ class Program:
     max_threads: int
     max_digits: int
     max_blocks: int
+    max_logit_bias: int
     prefill_rows: int
     prefill_chunk: int
     prefill_min: int
@@ -166,9 +169,7 @@ class Requests(_Table):
       max_threads: outlines beyond this many are dropped.
       max_thread_tokens: budget of sampled tokens per thread.
       max_blocks: triggers beyond this many blocks are plain text.
-      temperature: of sampling.
-      top_k: of sampling.
-      top_p: of sampling.
+      sampling: how tokens are drawn.
       reason: why the rollout ended, once FINISHED.
       block: blocks spawned and joined so far; the open block's index in phase THREADS.
       length: tokens of the joined text, once FINISHED.
@@ -185,9 +186,7 @@ class Requests(_Table):
     max_threads: Int32[Array, "requests"]
     max_thread_tokens: Int32[Array, "requests"]
     max_blocks: Int32[Array, "requests"]
-    temperature: Float32[Array, "requests"]
-    top_k: Int32[Array, "requests"]
-    top_p: Float32[Array, "requests"]
+    sampling: SamplingTable
     reason: Int32[Array, "requests"]
     block: Int32[Array, "requests"]
     length: Int32[Array, "requests"]
@@ -299,9 +298,9 @@ def new_state(program: Program) -> EngineState:
             max_threads=ints(requests),
             max_thread_tokens=ints(requests),
             max_blocks=ints(requests),
-            temperature=jnp.zeros(requests, jnp.float32),
-            top_k=ints(requests),
-            top_p=jnp.ones(requests, jnp.float32),
+            sampling=jax.tree.map(
+                jnp.asarray, sampling_table({}, requests, program.vocab, program.max_logit_bias)
+            ),
             reason=ints(requests),
             block=ints(requests),
             length=ints(requests),
