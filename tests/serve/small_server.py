@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import time
 
 import httpx
 import tokenizers
@@ -110,3 +111,38 @@ def serving(engine: RolloutEngine | None = None, api_keys: tuple[str, ...] = (),
             server.stop()
             runner.join(30)
             assert not runner.is_alive()
+
+
+def error_of(response, status):
+    """The error of a response with this status."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def wait_until(condition, timeout_s=20):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+class SlowThread:
+    """Makes the engine thread rest after every dispatch."""
+
+    def __init__(self, server: Running, rest_s: float) -> None:
+        self._thread, self._rest_s = server.service.thread, rest_s
+
+    def __enter__(self):
+        flush = self._thread._flush
+
+        def slow(running: int, queued: int) -> None:
+            flush(running, queued)
+            time.sleep(self._rest_s)
+
+        self._thread._flush = slow
+        return self
+
+    def __exit__(self, *_):
+        del self._thread._flush

@@ -114,9 +114,14 @@ def test_logprobs_are_the_engines(client, expected):
     for seed in list(SEEDS)[:4]:
         want = finished_text(expected[seed])
         got = complete(client, seed, logprobs=0).choices[0].logprobs
-        np.testing.assert_array_equal(np.float32(got.token_logprobs), want.logprobs[3:])
+        assert_close(got.token_logprobs, want.logprobs[3:])
         assert "".join(got.tokens).removesuffix("<eos>") == text(expected[seed])
         assert got.text_offset == [len("".join(got.tokens[:i])) for i in range(len(got.tokens))]
+
+
+def assert_close(got, want):
+    """What else is in the batch moves log-probabilities by roundings."""
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def chat(client, seed, **fields):
@@ -134,7 +139,7 @@ def test_a_chat_is_the_rollout_of_its_prompt(client, expected):
     assert choice.message.content == text(expected[2])
     assert choice.token_ids == ids(expected[2])
     want = finished_text(expected[2]).logprobs[3:]
-    np.testing.assert_array_equal(np.float32([t.logprob for t in choice.logprobs.content]), want)
+    assert_close([t.logprob for t in choice.logprobs.content], want)
     short = chat(client, 2, max_completion_tokens=4, max_tokens=9)
     assert short.usage.completion_tokens == 4 and short.choices[0].finish_reason == "length"
 
@@ -181,7 +186,7 @@ def test_streams_equal_whole_answers_and_show_every_thread(client, expected, see
     found, usage = streamed(complete(client, seed, stream=True, logprobs=0, stream_options=usage))
     one = found[0]
     assert (one["text"], one["ids"]) == (text(rollout), ids(rollout))
-    np.testing.assert_array_equal(np.float32(one["lp"]), finished_text(rollout).logprobs[3:])
+    assert_close(one["lp"], finished_text(rollout).logprobs[3:])
     assert one["end"] == ["stop" if rollout.finish_reason == "eos" else "length"]
     assert usage.completion_tokens == rollout.total_tokens
     got = threads_of(one["threads"])

@@ -15,12 +15,9 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "store": (None, False),
     "suffix": (None, ""),
@@ -32,6 +29,9 @@ _IGNORED = ("user", "metadata", "parallel_tool_calls", "service_tier", "safety_i
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+TokenIdText = Annotated[str, Field(pattern=r"^\d{1,9}$")]  # keys of JSON objects are text
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Strict(BaseModel):
@@ -58,6 +58,10 @@ class GenerationBody(_Strict):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    repetition_scope: Literal["unit", "context"] | None = None
+    logit_bias: dict[TokenIdText, Bias] | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_thread_tokens: int | None = Field(None, ge=1)
     max_blocks: int | None = Field(None, ge=1)

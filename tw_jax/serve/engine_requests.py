@@ -1,6 +1,7 @@
 """From a request's body to what the engine is asked: the one place where fields are mapped."""
 
 import dataclasses
+import re
 import secrets
 from typing import Any
 
@@ -14,9 +15,6 @@ from tw_jax.serve.bodies import GenerationBody
 from tw_jax.serve.config import ServeConfig
 from tw_jax.serve.errors import ApiError
 
-# The engine's message says what does not fit; these words of it say which field that is.
-_PARAMS = {"prompt": "a prompt of", "max_threads": "max_threads", "max_blocks": "max_blocks"}
-
 
 def sampling_params(
     body: GenerationBody, defaults: SamplingParams, engine: EngineConfig
@@ -28,6 +26,10 @@ def sampling_params(
     asked: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": body.top_p,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "repetition_scope": body.repetition_scope,
+        "logit_bias": _logit_bias(body),
         "top_k": _at_most(body.top_k, 2**31 - 1),
         "max_response_tokens": _at_most(body.token_limit, engine.context_len),
         "max_thread_tokens": _at_most(body.max_thread_tokens, engine.context_len),
@@ -83,10 +85,17 @@ def _check(engine: RolloutEngine, request: Request) -> None:
         engine.check("the request", request)
     except UserError as error:
         message = str(error)
-        is_long = "leave no room" in message
-        param = next((name for name, words in _PARAMS.items() if words in message), "prompt")
-        code = "context_length_exceeded" if is_long else "invalid_value"
+        code = "context_length_exceeded" if "leave no room" in message else "invalid_value"
+        # Fields of SamplingParams keep their names in bodies, all that can be refused here.
+        named = re.search(r"sampling\.(\w+)", message)
+        param = named[1] if named else "prompt"
         raise ApiError(400, message, param=param, code=code) from error
+
+
+def _logit_bias(body: GenerationBody) -> tuple[tuple[int, float], ...] | None:
+    if body.logit_bias is None:
+        return None
+    return tuple((int(token), bias) for token, bias in body.logit_bias.items())
 
 
 def _at_most(value: int | None, limit: int) -> int | None:
