@@ -74,20 +74,26 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        _check_model(body, config)
+        _check_model(body.model, config)
         prompts = completion_prompts(service.tokenizer, body.prompt)
         return await _generate(service, body, prompts, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        _check_model(body, config)
+        _check_model(body.model, config)
         prompt = chat_prompt(service.tokenizer, body.messages)
         return await _generate(service, body, [prompt], request)
 
+    model = {"id": config.model_name, "object": "model", "created": started, "owned_by": "tw_jax"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": config.model_name, "object": "model", "created": started}
-        return {"object": "list", "data": [{**model, "owned_by": "tw_jax"}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        _check_model(name, config)
+        return model
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -102,11 +108,11 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _check_model(body: GenerationBody, config: ServeConfig) -> None:
-    if body.model not in (None, config.model_name):
+def _check_model(name: str | None, config: ServeConfig) -> None:
+    if name not in (None, config.model_name):
         raise ApiError(
             404,
-            f"model: there is no model {body.model!r:.80}; this server has {config.model_name!r}",
+            f"model: there is no model {name!r:.80}; this server has {config.model_name!r}",
             param="model",
             code="model_not_found",
         )

@@ -1,6 +1,7 @@
 """`tw-jax serve`: loads a model, warms the engine up, and answers until it is told to stop."""
 
 import asyncio
+import gc
 import ipaddress
 import os
 import sys
@@ -43,6 +44,10 @@ def run_serve(config: ServeConfig) -> int:
         engine = RolloutEngine(model.graphdef, model.schema, config.engine)
         _warn_if_open(config.host, keys)
         warm_up(engine, model.params, [model.schema.eos_id], config.sampling)
+        # What is alive now stays. The collector would walk JAX's objects again and again while
+        # requests come and go: pauses of tenths of a second.
+        gc.collect()
+        gc.freeze()
         metrics = Metrics()
         thread = EngineThread(
             engine,

@@ -9,7 +9,7 @@ without such spellings has exactly the ids that `apply_chat_template` gives.
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -100,26 +100,21 @@ def _id_of(tokenizer: "Tokenizer", token: str) -> int:
 
 def _encoded(tokenizer: "Tokenizer", text: str, param: str) -> Ids:
     """A whole prompt of text."""
-    leading = len(encode_prompt(tokenizer, "")) if text else 0
-    try:
-        ids = encode_prompt(tokenizer, text)
-    except UserError as error:
-        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
-    _require_known(tokenizer, ids[leading:], text, param)
-    return ids
+    return _checked(tokenizer, encode_prompt, text, param)
 
 
 def _user_text(tokenizer: "Tokenizer", text: str, param: str) -> Ids:
+    return _checked(tokenizer, encode_user_text, text, param)
+
+
+def _checked(
+    tokenizer: "Tokenizer", encode: Callable[["Tokenizer", str], Ids], text: str, param: str
+) -> Ids:
     try:
-        ids = encode_user_text(tokenizer, text)
+        ids = encode(tokenizer, text)
     except UserError as error:
         raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
-    _require_known(tokenizer, ids, text, param)
-    return ids
-
-
-def _require_known(tokenizer: "Tokenizer", ids: Ids, text: str, param: str) -> None:
-    """The model has never seen the unknown token in place of a character: better say so."""
+    # The model has never seen the unknown token in place of a character: better say so.
     if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).any():
         unknown = "".join(unknown_characters(tokenizer, text))[:20]
         raise ApiError(
@@ -128,3 +123,4 @@ def _require_known(tokenizer: "Tokenizer", ids: Ids, text: str, param: str) -> N
             param=param,
             code="invalid_value",
         )
+    return ids

@@ -12,6 +12,9 @@ from tw_jax.errors import UserError
 from tw_jax.serve.app import Service, create_app
 
 CANCEL_TIMEOUT_S = 5  # for answers that are cut off at the end of the drain to be sent
+# Longer than clients keep an idle connection (httpx: 5 s): closed at the same moment from both
+# sides, a request that was just sent is lost.
+KEEP_ALIVE_S = 75
 POLL_S = 0.02
 
 
@@ -56,6 +59,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CANCEL_TIMEOUT_S,
                 ws="none",
             )
