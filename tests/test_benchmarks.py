@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import serve
 from benchmarks.blocks import Worker, alternate
 from benchmarks.sft import CONFIG, prepare
 from benchmarks.sft_worker import packed
@@ -86,3 +87,12 @@ def test_peers_only_where_a_benchmark_takes_one(
     with pytest.raises(SystemExit):
         command.main()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_serving_counts_what_clients_see() -> None:
+    found = serve.run(clients=4, warm_up_s=1, measure_s=4)
+    assert found["errors"] == 0 and found["requests"] >= 4
+    assert found["tokens"] >= found["requests"]
+    assert found["p50_first_token_s"] <= found["p50_latency_s"] <= found["p95_latency_s"]
+    assert found["memory_growth_mb"] < 50

@@ -38,7 +38,7 @@ def server():
         ({"prompt": "a", "max_blocks": 9}, "max_blocks", "1..3"),
         ({"prompt": "a", "seed": -1}, "seed", "greater"),
         ({"prompt": "a", "stop": [""]}, "stop", "at least 1"),
-        ({"prompt": "a", "logprobs": 3}, "logprobs", "0"),
+        ({"prompt": "a", "logprobs": 3}, "logprobs", "ask for 0"),
         ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
         ({"prompt": "a", "stream_options": {}}, "stream_options", "stream=true"),
         ({"prompt": "a", "logit_bias": {"99": 1}}, "logit_bias", "0..23"),

@@ -75,13 +75,14 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, config)
-        prompts = completion_prompts(service.tokenizer, body.prompt)
+        # In another thread: a megabyte of text must not hold up everybody's streams.
+        prompts = await asyncio.to_thread(completion_prompts, service.tokenizer, body.prompt)
         return await _generate(service, body, prompts, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         _check_model(body.model, config)
-        prompt = chat_prompt(service.tokenizer, body.messages)
+        prompt = await asyncio.to_thread(chat_prompt, service.tokenizer, body.messages)
         return await _generate(service, body, [prompt], request)
 
     model = {"id": config.model_name, "object": "model", "created": started, "owned_by": "tw_jax"}

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -123,8 +123,17 @@ class CompletionBody(GenerationBody):
     """`POST /v1/completions`; token ids as a prompt are taken as they are, control tokens too."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    # The engine records the sampled token's log-probability, not the ranking.
-    logprobs: Literal[0] | None = None
+    logprobs: int | None = None
+
+    @field_validator("logprobs")
+    @classmethod
+    def _only_sampled(cls, count: int | None) -> int | None:
+        if count:
+            raise ValueError(
+                "the engine records the sampled token's log-probability, not those of the "
+                "likeliest; ask for 0 of them"
+            )
+        return count
 
     @property
     def wants_logprobs(self) -> bool:
