@@ -1,4 +1,4 @@
-"""A decoding step's attention: pages in XLA beside the dense slots that the engine uses.
+"""A decoding step's attention: one pool of pages in XLA beside the columns that the engine uses.
 
 All layers of a step, writes included, without the rest of the model. Rows lie in pages in random
 order; their lengths are spread evenly over a quarter to all of the context, or all end in its
@@ -6,7 +6,6 @@ first quarter. Both variants run in one process, in turn; `cpu_ms` is the time o
 says more than `ms` on a machine that does other work.
 """
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tw_jax.kernels import page_pool, slot_attention
+from tw_jax.kernels import column_cache, page_pool
 from tw_jax.kernels.paged_attention import paged_attention
 
 LAYERS, HEADS, KV_HEADS, DIM, PAGE_SIZE = 3, 4, 2, 32, 16
@@ -24,20 +23,22 @@ SHAPES = {"quickstart": (128, 256), "long": (16, 4096)}  # rows, context
 STEPS, REPEATS = 8, 9
 
 
-def dense_steps(cache, q, kv_lens):
-    """`STEPS` steps over dense slots, as `tw_jax.rollout.advance` calls them."""
-    block_len = cache.keys[0][0].shape[3]
-    rows = jnp.arange(len(q))
+def column_steps(cache, q, kv_lens):
+    """`STEPS` steps over columns, as `tw_jax.rollout.lanes` calls them."""
+    page_size = cache.keys[0][0].shape[3]
+    own = jnp.arange(len(q))[:, None]
+    table = jnp.broadcast_to(own, (len(q), len(cache.keys[0])))
 
     def step(_, state):
         cache, q, kv_lens = state
+        plan = column_cache.plan_reads(table, kv_lens + 1, page_size)
         for layer in range(LAYERS):
             k, v = q[:, :KV_HEADS], q[:, KV_HEADS:]
             valid = kv_lens >= 0
-            cache = slot_attention.write_tokens(cache, layer, rows, kv_lens, valid, k, v)
-            attend = functools.partial(slot_attention.attend_rows, q, cache, layer, kv_lens)
-            branches = [functools.partial(attend, n + 1) for n in range(len(cache.keys[layer]))]
-            q = jax.lax.switch(kv_lens.max() // block_len, branches)
+            cache = column_cache.write_tokens(
+                cache, layer, table, kv_lens, valid, k, v, few_columns=True
+            )
+            q = column_cache.attend_rows(q, cache, layer, table, kv_lens, plan)
         return cache, q, kv_lens + 1
 
     return jax.lax.fori_loop(0, STEPS, step, (cache, q, kv_lens))
@@ -81,7 +82,7 @@ def time_in_turn(variants: dict[str, tuple[Callable, Any, tuple]]) -> dict[str, 
 def run() -> dict[str, Any]:
     """Milliseconds per step of each shape, with rows of all lengths and with short rows."""
     found: dict[str, Any] = {"layers": LAYERS, "page_size": PAGE_SIZE}
-    dense, paged = (jax.jit(f, donate_argnums=0) for f in (dense_steps, paged_steps))
+    columns, paged = (jax.jit(f, donate_argnums=0) for f in (column_steps, paged_steps))
     for name, (rows, context) in SHAPES.items():
         rng = np.random.default_rng(0)
         per_row = context // PAGE_SIZE
@@ -94,13 +95,13 @@ def run() -> dict[str, Any]:
         }
         for kind, kv_lens in lengths.items():
             kv_lens = jnp.array(kv_lens, jnp.int32)
-            layout = slot_attention.slot_layout(LAYERS, rows, context)
-            cache = slot_attention.empty_cache(layout, KV_HEADS, DIM, jnp.float32)
+            layout = column_cache.cache_layout(LAYERS, rows, context, context // 4)
+            cache = column_cache.empty_cache(layout, KV_HEADS, DIM, jnp.float32)
             pool = page_pool.empty_pool(
                 LAYERS, rows * per_row, PAGE_SIZE, KV_HEADS, DIM, jnp.float32
             )
             variants = {
-                "dense": (dense, cache, (q, kv_lens)),
+                "columns": (columns, cache, (q, kv_lens)),
                 "paged": (paged, pool, (q, kv_lens, table)),
             }
             found[f"{name}_{kind}"] = time_in_turn(variants)

@@ -4,7 +4,8 @@ import hypothesis
 import pytest
 
 from tw_jax.tasks.character_tokenizer import load_tokenizer
-from tw_jax.trajectory.schemas import make_schema
+from tw_jax.trajectory.schemas import make_schema, schema_tags
+from tw_jax.trajectory.vocabulary import add_control_tokens
 
 # Compilation makes single examples slow; a deadline would only measure the machine.
 hypothesis.settings.register_profile("tw_jax", deadline=None)
@@ -21,3 +22,13 @@ def tokenizer():
 def schema(tokenizer):
     """The ThreadWeaver schema over it."""
     return make_schema("threadweaver", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def languages():
+    """Every schema by name, with the tokenizer that has its tags: name -> (tokenizer, schema)."""
+    made, tokenizer = {}, load_tokenizer()
+    for name in ("threadweaver", "native", "apr"):
+        own, _ = add_control_tokens(tokenizer, schema_tags(name))
+        made[name] = (own, make_schema(name, own))
+    return made

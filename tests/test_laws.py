@@ -1,7 +1,8 @@
 """The five laws of DESIGN section 4, on the real model.
 
 The oracle is a plain causal forward of one unit's context and completion, with dense attention that
-shares no code with the tree attention.
+shares no code with the tree attention. The native schema, whose units are no plain causal
+sequences, has its own laws 1 to 4 in test_laws_native.py.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +39,18 @@ ROW_LEN, ROWS, LONGEST = 512, 2, 384
 DEFAULT_WEIGHTS = LossWeights()
 LIMITS = {"max_blocks": 2, "max_threads": 3}
 SMALL = settings(max_examples=12)
+
+
+@pytest.fixture(scope="session", params=["threadweaver", "apr"])
+def language(request, languages):
+    """(tokenizer, schema) of a schema whose visible sets are paths."""
+    return languages[request.param]
+
+
+@pytest.fixture(scope="session", params=["threadweaver", "native", "apr"])
+def any_language(request, languages):
+    """(tokenizer, schema) of any schema."""
+    return languages[request.param]
 
 
 def dense_causal(q, k, v, layer, carry):
@@ -102,8 +116,8 @@ def pack(tries, order, weights=DEFAULT_WEIGHTS, row_len=ROW_LEN, min_rows=ROWS):
 
 @SMALL
 @given(data=st.data())
-def test_laws_1_and_2_of_packed_rows(data, tokenizer, schema):
-    _, tries = draw_tries(data, tokenizer, schema, 4)
+def test_laws_1_and_2_of_packed_rows(data, language):
+    _, tries = draw_tries(data, *language, 4)
     batch = pack(tries, data.draw(st.permutations(range(4))))
     index = np.arange(batch.row_len)
     for parent, end in zip(batch.parent, batch.visible_end, strict=True):
@@ -124,8 +138,9 @@ def test_laws_1_and_2_of_packed_rows(data, tokenizer, schema):
 
 @SMALL
 @given(data=st.data())
-def test_law_3_every_unit_scores_and_learns_as_if_alone(data, tokenizer, schema):
-    trajectories, tries = draw_tries(data, tokenizer, schema, 3)
+def test_law_3_every_unit_scores_and_learns_as_if_alone(data, language):
+    _, schema = language
+    trajectories, tries = draw_tries(data, *language, 3)
     chosen = data.draw(st.integers(0, 2))
     units = schema.units(trajectories[chosen])
     unit = units[data.draw(st.integers(0, len(units) - 1))]
@@ -159,8 +174,8 @@ def find_unit(batch, unit):
 
 @SMALL
 @given(data=st.data())
-def test_law_4_only_visible_tokens_move_a_prediction(data, tokenizer, schema):
-    _, tries = draw_tries(data, tokenizer, schema, 3)
+def test_law_4_only_visible_tokens_move_a_prediction(data, language):
+    _, tries = draw_tries(data, *language, 3)
     batch = pack(tries, range(3))
     used = int(sum(len(trie) for trie in tries))
     row = 0
@@ -192,8 +207,8 @@ sum_and_grad = jax.jit(jax.value_and_grad(nll_sum(GRAPHDEF, MemoryConfig()), has
 
 @SMALL
 @given(data=st.data())
-def test_law_5_packing_padding_and_micro_batches_change_nothing(data, tokenizer, schema):
-    _, tries = draw_tries(data, tokenizer, schema, 4)
+def test_law_5_packing_padding_and_micro_batches_change_nothing(data, any_language):
+    _, tries = draw_tries(data, *any_language, 4)
     weights = LossWeights(joined=0.5)
 
     def loss_and_grads(batches):

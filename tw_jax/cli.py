@@ -16,6 +16,7 @@ from typing import Any
 
 import tw_jax
 from tw_jax import config as configs
+from tw_jax.config_fields import fields_of
 from tw_jax.errors import UserError
 
 USER_ERROR_STATUS = 2
@@ -149,7 +150,8 @@ def _dispatch(words: list[str]) -> int:
         print(verb_help(name, VERBS[name], config_class), flush=True)
         return 0
     wants_print = "--print-config" in rest
-    path, overrides = _split(name, [word for word in rest if word != "--print-config"])
+    settings = [_flag(config_class, word) for word in rest if word != "--print-config"]
+    path, overrides = _split(name, settings)
     config = configs.load_config(config_class, path, overrides)
     if wants_print:
         print(configs.to_yaml(config), end="", flush=True)
@@ -187,6 +189,13 @@ def _split(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
     if len(paths) > 1:
         raise UserError(f"one config file at most, but got {' and '.join(paths)}")
     return (paths[0] if paths else None), [word for word in words if "=" in word]
+
+
+def _flag(config_class: type, word: str) -> str:
+    """`--watch` is short for `watch=true`, for every setting that is true or false."""
+    field = fields_of(config_class).get(word.removeprefix("--"))
+    is_flag = word.startswith("--") and field is not None and field.hint is bool
+    return f"{word.removeprefix('--')}=true" if is_flag else word
 
 
 def _names_folder(word: str) -> bool:

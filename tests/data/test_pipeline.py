@@ -78,3 +78,12 @@ def test_files_keep_good_lines_and_set_over_long_ones_aside(tmp_path, tokenizer,
     assert "too_long" in rejects.read_text()
     with pytest.raises(UserError, match=r"no trajectory fits a row of 4 tokens; raise data\.row"):
         file_trajectories([str(path)], tokenizer, schema, 4, rejects)
+
+
+@pytest.mark.parametrize("name", ["native", "apr"])
+def test_a_task_that_does_not_speak_the_schema_is_refused(name, languages):
+    tokenizer, schema = languages[name]
+    with pytest.raises(UserError, match="data.files"):
+        TaskTrajectories(
+            make_task(TaskConfig()), tokenizer, schema, split="train", seed=0, parallel_share=0.5
+        )

@@ -1,6 +1,5 @@
 """Evaluation asks what it should, grades what comes back, and works on the real engine."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -13,13 +12,11 @@ from tw_jax.evals import generate as generate_module
 from tw_jax.evals.evaluate import EvalConfig, evaluate, measure_wall_clock, run_eval
 from tw_jax.evals.generate import GenerateConfig, run_generate
 from tw_jax.evals.metrics import summarize, token_latency_speedup
-from tw_jax.models import qwen3
-from tw_jax.models.config import PRESETS
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import SamplingParams
-from tw_jax.tasks.multiplication import MultiplicationConfig
+from tw_jax.tasks.multiplication import Multiplication, MultiplicationConfig
 from tw_jax.tasks.registry import TaskConfig
-from tw_jax.train.run_dir import LoadedModel
+from tw_jax.tasks.task import Problem
 
 SAMPLING = SamplingParams(max_response_tokens=200)
 
@@ -78,6 +75,9 @@ def test_records_are_graded(engine, task, tokenizer, schema):
     records, rollouts = ask(engine, task, tokenizer, schema, "free", samples_per_problem=2)
     assert [r.problem for r in records] == [0, 0, 1, 1, 2, 2]
     assert [r.correct for r in records] == [True, True, False, False, True, True]
+    assert [r.answer == task.problem("heldout", r.problem, 0).answer for r in records] == [
+        r.correct for r in records
+    ]
     assert all(r.has_block and r.format_valid for r in records)
     assert [r.critical_path for r in records] == [r.critical_path for r in rollouts]
     seeds = [request.seed for request in engine.requests]
@@ -124,6 +124,10 @@ def test_configs_refuse_nonsense():
         EvalConfig(styles=())
     with pytest.raises(ValueError, match="samples_per_prompt=0"):
         GenerateConfig(samples_per_prompt=0)
+    with pytest.raises(ValueError, match="vote=true: needs samples_per_prompt=2"):
+        GenerateConfig(vote=True)
+    with pytest.raises(ValueError, match="temperature 0"):
+        GenerateConfig(vote=True, samples_per_prompt=2, sampling=SamplingParams(temperature=0))
 
 
 # --- the verbs, on the real engine ----------------------------------------------------------------
@@ -133,21 +137,6 @@ ENGINE = EngineConfig(
     context_len=64, rows=4, requests=2, max_threads=2, max_blocks=2, prefill_rows=2, prefill_chunk=8
 )
 SHORT = SamplingParams(max_response_tokens=24, max_thread_tokens=8, max_threads=2, max_blocks=2)
-
-
-@pytest.fixture(scope="module")
-def small_model(tokenizer, schema):
-    config = dataclasses.replace(PRESETS["tiny"], hidden_size=32, intermediate_size=64,
-                                 num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=1, head_dim=16)  # fmt: skip
-    return LoadedModel(
-        graphdef=qwen3.graphdef(config),
-        params=qwen3.init_params(config, 0),
-        config=config,
-        tokenizer=tokenizer,
-        schema=schema,
-        step=5,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +168,35 @@ def test_run_eval_writes_what_it_returns(loaded, tmp_path, capsys):
     )
     assert results["token_latency_speedup"]["mean"] > 0
     assert results["wall_clock"] is None
-    assert "token-latency speedup" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "token-latency speedup" in out
+    assert "maj@" not in out
+    assert results["summaries"]["free"]["majority_accuracy"] is None
+
+
+def test_run_eval_votes_where_problems_have_several_samples(loaded, monkeypatch, capsys):
+    stated = iter(["5", "5", None, None, "6", None])  # three samples of two problems
+    monkeypatch.setattr(Multiplication, "extract_answer", lambda self, text: next(stated))
+    monkeypatch.setattr(
+        Multiplication, "problem", lambda self, *key: Problem("2*3=", "56"[key[1]], "", "")
+    )
+    results = run_eval(
+        EvalConfig(
+            task=TASK, count=2, samples_per_problem=3, styles=("free",), sampling=SHORT,
+            engine=ENGINE,
+        )
+    )  # fmt: skip
+    summary = results["summaries"]["free"]
+    assert [r["answer"] for r in results["records"]["free"]] == ["5", "5", None, None, "6", None]
+    assert summary["accuracy"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert summary["majority_accuracy"] == 1.0  # two votes to none, one vote to none
+    assert summary["majority_accuracy_interval"] == pytest.approx([0.025**0.5, 1.0])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["accuracy,", "avg@3", "50.0%"] in rows
+    assert ["majority", "vote,", "maj@3", "100.0%"] in rows
+    # Of three samples' three pairs, all hold one of the first problem's two right answers, and two
+    # hold the second problem's only one: (1 + 2/3) / 2.
+    assert ["any", "correct,", "pass@2", "83.3%"] in rows
 
 
 @pytest.mark.slow
@@ -222,6 +239,45 @@ def test_run_generate_from_prompts_and_from_the_task(loaded, tmp_path, capsys):
     )
     assert answer["response"].startswith("<Parallel>")
     assert answer["correct"] is False
+
+
+def test_run_generate_votes(loaded, tmp_path, monkeypatch, capsys):
+    stated = iter(["408", None, "407", "407", None, None, None, None])
+    monkeypatch.setattr(Multiplication, "extract_answer", lambda self, text: next(stated))
+    output = tmp_path / "answers.jsonl"
+    answers = run_generate(
+        GenerateConfig(
+            prompts=("12*34=", "2*3="),
+            samples_per_prompt=4,
+            vote=True,
+            sampling=SHORT,
+            engine=ENGINE,
+            output=str(output),
+        )  # fmt: skip
+    )
+    assert [a["answer"] for a in answers] == ["408", None, "407", "407"] + [None] * 4
+    assert [a["voted"] for a in answers] == ["407"] * 4 + [None] * 4
+    assert {a["correct"] for a in answers} == {None}
+    assert [json.loads(line) for line in output.read_text().splitlines()] == answers
+    lines = capsys.readouterr().out.splitlines()
+    assert "12*34=  vote: 407 by 2 of 4 votes; 408: 1; no answer: 1" in lines
+    assert "2*3=  vote: none of 4 samples states an answer" in lines
+
+
+def test_run_generate_grades_the_vote_on_problems_of_the_task(loaded, monkeypatch, capsys):
+    stated = iter(["wrong", "right", "right"])
+    monkeypatch.setattr(Multiplication, "extract_answer", lambda self, text: next(stated))
+    monkeypatch.setattr(
+        Multiplication, "problem", lambda self, *key: Problem("2*3=", "right", "", "")
+    )
+    answers = run_generate(
+        GenerateConfig(
+            task=TASK, count=1, samples_per_prompt=3, vote=True, sampling=SHORT, engine=ENGINE
+        )
+    )
+    assert [a["correct"] for a in answers] == [False, True, True]
+    assert {a["voted"] for a in answers} == {"right"}
+    assert "2*3=  vote, correct: right by 2 of 3 votes; wrong: 1" in capsys.readouterr().out
 
 
 def test_the_real_engine_is_deterministic_per_request(small_model, small_engine, task):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ def record(problem: int, critical: int = 50, total: int = 100, **changes) -> Rol
     base = RolloutRecord(
         problem=problem,
         style="free",
+        answer="wrong" if changes.get("correct") is False else "right",
         correct=True,
         total_tokens=total,
         critical_path=critical,
@@ -73,6 +75,40 @@ def test_summary_of_known_records() -> None:
 def test_problems_weigh_the_same_whatever_their_number_of_samples() -> None:
     summary = summarize([record(0, correct=False), *[record(1)] * 9])
     assert summary.accuracy == 0.5
+
+
+def answered(problem: int, right: str, answers: Sequence[str | None]) -> list[RolloutRecord]:
+    return [record(problem, answer=a, correct=a == right) for a in answers]
+
+
+def test_majority_vote_by_hand() -> None:
+    records = [
+        *answered(0, "12", ["12", "13", "12", "14"]),  # 12 wins, right with avg@4 = 1/2
+        *answered(1, "20", ["21", "21", "20", None]),  # 21 wins, wrong with avg@4 = 1/4
+        *answered(2, "30", ["30", "31", "31", "30"]),  # a tie that goes to 30, right
+        *answered(3, "40", [None, None, "40", None]),  # the only vote is right
+        *answered(4, "50", [None] * 4),
+    ]
+    summary = summarize(records)
+    assert summary.majority_accuracy == pytest.approx(3 / 5)
+    assert summary.majority_accuracy_interval == rate_interval([1.0, 0.0, 1.0, 1.0, 0.0])
+    assert summary.accuracy == pytest.approx((2 + 1 + 2 + 1 + 0) / 20)
+    assert summary.pass_at_k[4] == pytest.approx(4 / 5)
+    fields = json.loads(json.dumps(summary.to_json()))
+    assert fields["majority_accuracy"] == summary.majority_accuracy
+    assert fields["majority_accuracy_interval"] == list(summary.majority_accuracy_interval)
+
+
+def test_one_sample_holds_no_vote() -> None:
+    summary = summarize([record(0), record(0), record(1)])
+    assert summary.majority_accuracy is None
+    assert summary.majority_accuracy_interval is None
+
+
+def test_a_unanimous_vote_does_not_claim_certainty() -> None:
+    summary = summarize([record(problem) for problem in range(8) for _ in range(2)])
+    assert summary.majority_accuracy == 1.0
+    assert summary.majority_accuracy_interval == pytest.approx((0.025 ** (1 / 8), 1.0))
 
 
 def test_summary_refuses_mixed_styles_and_nothing() -> None:
@@ -153,6 +189,8 @@ def test_summary_laws(records: list[RolloutRecord]) -> None:
     ):
         assert 0 <= low <= high <= 1
         assert low - 1e-9 <= mean <= high + 1e-9
+    if summary.majority_accuracy is not None:
+        assert summary.majority_accuracy <= max(summary.pass_at_k.values()) + 1e-9
     assert summary.critical_path <= summary.total_tokens
     assert 0 <= summary.acceleration_ratio < 1
     assert summary.pass_at_k[1] == pytest.approx(summary.accuracy)

@@ -180,7 +180,7 @@ def test_an_exception_in_the_callback_leaves_a_usable_engine(engine):
 
 def test_no_progress_raises(engine, monkeypatch):
     def stuck(params, state, max_steps, max_finished):
-        return state, np.array([1] * LOOP.requests + [0, 5, 3])
+        return state, np.array([1] * 2 * LOOP.requests + [0, 5, 3])
 
     monkeypatch.setattr(engine, "advance", stuck)
     with pytest.raises(RuntimeError, match="no progress at step 5"):
@@ -191,7 +191,8 @@ def test_the_loop_copies_neither_cache_nor_token_store(engine):
     """Silent copies of the whole cache are what ruins such a loop; see the optimised program."""
     params = make_model()[1]
     engine.generate(params, small_requests(1))
-    text = engine.advance.lower(params, engine.state, 4, 1).compile().as_text()
+    weights = engine.weights(params)
+    text = engine.advance.lower(weights, engine.state, 4, 1).compile().as_text()
     block = engine.state.cache.keys[0][0].shape
     store = engine.state.tokens.shape
     shapes = {block, (block[0], block[1], block[3], block[2]), store}

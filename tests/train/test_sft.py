@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.random_trajectories import BLOCKS
 from tests.train.crash import crashed_and_restarted
 from tw_jax.config import to_yaml
 from tw_jax.data.trajectory_file import export_task
@@ -151,3 +152,21 @@ def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(tmp_path):
     assert "Run the same command again" in output
     step = load_run(folder).step
     assert 3 <= step < 4000
+
+
+@pytest.mark.parametrize("name", ["native", "apr"])
+def test_every_schema_trains_from_files(tmp_path, name):
+    file = tmp_path / "data.jsonl"
+    blocks = [BLOCKS[name]((("a", f"x+{i}"), ("b", f"y+{2 * i}"))) for i in range(40)]
+    lines = [
+        json.dumps({"prompt": f"{i}=", "response": f"q{block}z#{i}"})
+        for i, block in enumerate(blocks)
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = dataclasses.replace(SMALL.data, files=(str(file),), heldout_files=(str(file),), window=4)
+    model = dataclasses.replace(SMALL.model, schema=name)
+    result = run_sft(config_in(tmp_path / "run", steps=8, data=data, model=model))
+    curve = losses(tmp_path / "run")
+    assert curve[8] < 0.9 * curve[1]
+    assert np.isfinite(result.heldout_loss)
+    assert load_run(tmp_path / "run").schema.name == name

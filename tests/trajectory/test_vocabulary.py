@@ -76,5 +76,5 @@ def test_a_tokenizer_that_has_them_all_is_returned() -> None:
 
 def test_tags_of_a_schema() -> None:
     assert schema_tags("threadweaver") == THREADWEAVER_TAGS
-    with pytest.raises(UserError, match="unknown schema 'x'; known: threadweaver"):
+    with pytest.raises(UserError, match="unknown schema 'x'; known: apr, native, threadweaver"):
         schema_tags("x")

@@ -20,12 +20,14 @@ def records(style, n, accuracy, activation, lengths, seed, samples=2) -> list[Ro
     for i in range(n * samples):
         parallel = draw.random() < activation
         critical = draw.gauss(lengths[parallel][0], 4)
+        correct = draw.random() < accuracy[parallel]
         total = lengths[parallel][1] if parallel else critical
         out.append(
             RolloutRecord(
                 problem=i // samples,
                 style=style,
-                correct=draw.random() < accuracy[parallel],
+                answer="right" if correct else f"wrong {i}",
+                correct=correct,
                 total_tokens=int(max(total, critical)),
                 critical_path=int(critical),
                 acceleration_ratio=1 - critical / max(total, critical),

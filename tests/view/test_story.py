@@ -45,7 +45,18 @@ def test_rows():
     assert accuracy.change == "+26.0 points"
     assert rows["Critical path", "tokens"].change == "\N{MINUS SIGN}17.2%"
     assert ("Accuracy", "forced parallel") not in rows
+    assert ("Accuracy", "majority vote") not in rows
     assert before_after_rows({}) == []
+
+
+def test_majority_votes_have_a_row_below_accuracy():
+    side = {"accuracy": 0.4, "majority_accuracy": 0.5, "majority_accuracy_interval": [0.4, 0.6]}
+    one_sample = {"accuracy": 0.4, "majority_accuracy": None, "majority_accuracy_interval": None}
+    rows = before_after_rows({"before": side, "after": side | {"majority_accuracy": 0.55}})
+    assert [row.note for row in rows[:2]] == ["style free", "majority vote"]
+    assert (rows[1].before.value, rows[1].before.interval) == ("50.0%", "40.0\N{EN DASH}60.0%")
+    assert rows[1].change == "+5.0 points"
+    assert len(before_after_rows({"before": one_sample, "after": one_sample})) == 1
 
 
 def test_facts():

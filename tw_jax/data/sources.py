@@ -31,7 +31,17 @@ class TaskTrajectories:
         seed: int,
         parallel_share: float,
     ) -> None:
-        """Item i is problem i of the split, in a style drawn from (seed, i) alone."""
+        """Item i is problem i of the split, in a style drawn from (seed, i) alone.
+
+        Raises:
+          UserError: the tasks write their parallel solutions in another schema's language.
+        """
+        if schema.name != "threadweaver":
+            raise UserError(
+                f"model.schema={schema.name}: the task {task.name!r} writes its parallel solutions "
+                "in ThreadWeaver's tags; train on files (data.files, data.heldout_files), or take "
+                "model.schema=threadweaver"
+            )
         self._task, self._tokenizer, self._schema = task, tokenizer, schema
         self._split: Split = split
         self._seed, self._parallel_share = seed, parallel_share

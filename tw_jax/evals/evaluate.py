@@ -18,6 +18,7 @@ import rich.table
 
 from tw_jax.errors import UserError
 from tw_jax.evals.metrics import (
+    Interval,
     RolloutRecord,
     Style,
     StyleSummary,
@@ -45,7 +46,7 @@ class EvalConfig:
       task: source of problems.
       split: which problems; training never shows those of "heldout".
       count: problems.
-      samples_per_problem: rollouts of each problem in each style (the n of avg@n).
+      samples_per_problem: rollouts of each problem in each style (the n of avg@n and maj@n).
       styles: "sequential" and "parallel" force a style, "free" lets the model choose.
       sampling: how rollouts are drawn; temperature 0 is greedy.
       seed: of problems and sampling.
@@ -187,7 +188,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
             seed=config.seed,
             repeats=config.wall_clock_repeats,
         )
-    rich.console.Console().print(_summary_table(summaries))
+    rich.console.Console().print(_summary_table(summaries, config.samples_per_problem))
     if speedup:
         print(f"token-latency speedup {speedup.mean:.2f}x, sequential / parallel critical path")
     if wall_clock:
@@ -223,24 +224,40 @@ def write_json_lines(path: str | os.PathLike[str], values: Sequence[Any]) -> Non
         raise UserError(f"output {path}: cannot write ({error.strerror})") from error
 
 
-def _summary_table(summaries: Mapping[str, StyleSummary]) -> rich.table.Table:
+def _summary_table(summaries: Mapping[str, StyleSummary], samples: int) -> rich.table.Table:
     """A row per measure, a column per style: narrow enough for any terminal."""
     table = rich.table.Table(box=None, pad_edge=False)
     table.add_column("")
     for style in summaries:
         table.add_column(style, justify="right")
-    for name, cell in _MEASURES:
+    for name, cell in _measures(samples):
         table.add_row(name, *(cell(summary) for summary in summaries.values()))
     return table
 
 
-_MEASURES: tuple[tuple[str, Callable[[StyleSummary], str]], ...] = (
-    ("accuracy", lambda s: f"{s.accuracy:.1%}"),
-    ("95% interval", lambda s: "{:.1%} - {:.1%}".format(*s.accuracy_interval)),
-    ("critical path, tokens", lambda s: f"{s.critical_path:.1f}"),
-    ("total tokens", lambda s: f"{s.total_tokens:.1f}"),
-    ("acceleration", lambda s: f"{s.acceleration_ratio:.3f}"),
-    ("with a block", lambda s: f"{s.activation_ratio:.1%}"),
-    ("format valid", lambda s: f"{s.format_valid_rate:.1%}"),
-    ("rollouts", lambda s: str(s.n)),
-)
+def _measures(samples: int) -> list[tuple[str, Callable[[StyleSummary], str]]]:
+    """Name and text of each measure, for `samples` rollouts per problem."""
+    accuracy: list[tuple[str, Callable[[StyleSummary], str]]] = [
+        ("accuracy" if samples == 1 else f"accuracy, avg@{samples}", lambda s: f"{s.accuracy:.1%}"),
+        ("95% interval", lambda s: _percent_range(s.accuracy_interval)),
+    ]
+    if samples > 1:
+        k = 2 ** (samples.bit_length() - 1)  # the largest that summaries hold
+        accuracy += [
+            (f"majority vote, maj@{samples}", lambda s: f"{s.majority_accuracy:.1%}"),
+            ("95% interval", lambda s: _percent_range(s.majority_accuracy_interval)),
+            (f"any correct, pass@{k}", lambda s: f"{s.pass_at_k[k]:.1%}"),
+        ]
+    return [
+        *accuracy,
+        ("critical path, tokens", lambda s: f"{s.critical_path:.1f}"),
+        ("total tokens", lambda s: f"{s.total_tokens:.1f}"),
+        ("acceleration", lambda s: f"{s.acceleration_ratio:.3f}"),
+        ("with a block", lambda s: f"{s.activation_ratio:.1%}"),
+        ("format valid", lambda s: f"{s.format_valid_rate:.1%}"),
+        ("rollouts", lambda s: str(s.n)),
+    ]
+
+
+def _percent_range(interval: Interval | None) -> str:
+    return "{:.1%} - {:.1%}".format(*interval) if interval else ""

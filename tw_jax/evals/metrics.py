@@ -9,12 +9,15 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from tw_jax.evals.vote import majority_vote
+
 Style = Literal["sequential", "parallel", "free"]
 Interval = tuple[float, float]
+_Value = TypeVar("_Value")
 
 CONFIDENCE = 0.95
 BOOTSTRAP_RESAMPLES = 2000
@@ -27,7 +30,8 @@ class RolloutRecord:
     Attributes:
       problem: index of the problem in its split.
       style: the style that was forced; "free" where the model chose.
-      correct: the extracted answer equals the problem's.
+      answer: what the response states; None if it states nothing.
+      correct: the answer equals the problem's.
       total_tokens: tokens appended after the prompt, each once.
       critical_path: tokens on the longest chain of dependent tokens, prompt excluded.
       acceleration_ratio: `1 - critical_path / total_tokens`.
@@ -39,6 +43,7 @@ class RolloutRecord:
 
     problem: int
     style: Style
+    answer: str | None
     correct: bool
     total_tokens: int
     critical_path: int
@@ -64,6 +69,9 @@ class StyleSummary:
       accuracy_interval: 95% interval of `accuracy`.
       pass_at_k: k -> chance that at least one of k samples of a problem is correct, for k = 1, 2,
         4, ... up to the smallest number of samples of any problem.
+      majority_accuracy: share of problems where the answer on which most samples agree is correct
+        (maj@n, see `tw_jax.evals.vote`); None where a problem has one sample only.
+      majority_accuracy_interval: 95% interval of `majority_accuracy`; None where that is.
       total_tokens: mean tokens appended after the prompt.
       critical_path: mean tokens on the critical path.
       critical_path_interval: 95% interval of `critical_path`, tokens.
@@ -78,6 +86,8 @@ class StyleSummary:
     accuracy: float
     accuracy_interval: Interval
     pass_at_k: Mapping[int, float]
+    majority_accuracy: float | None
+    majority_accuracy_interval: Interval | None
     total_tokens: float
     critical_path: float
     critical_path_interval: Interval
@@ -201,7 +211,8 @@ def summarize(records: Iterable[RolloutRecord], *, seed: int = 0) -> StyleSummar
     """The metrics of one style.
 
     Args:
-      records: of one style and one policy; any number of samples per problem.
+      records: of one style and one policy; any number of samples per problem, in the order in
+        which they were drawn, since a vote's ties go to the first.
       seed: of the bootstrap.
 
     Raises:
@@ -221,8 +232,11 @@ def summarize(records: Iterable[RolloutRecord], *, seed: int = 0) -> StyleSummar
     def mean(value: Callable[[RolloutRecord], float]) -> float:
         return float(np.mean(list(_problem_means(records, value).values())))
 
-    most = min(map(len, samples.values()))
-    ks = [2**i for i in range(most.bit_length())]
+    fewest = min(map(len, samples.values()))
+    ks = [2**i for i in range(fewest.bit_length())]
+    # A vote of one is the sample itself: maj@1 would only repeat the accuracy.
+    votes = [_vote_score(s) for s in _by_problem(records, lambda r: r).values()]
+    voted = fewest > 1
     return StyleSummary(
         n=len(records),
         problems=len(samples),
@@ -232,6 +246,8 @@ def summarize(records: Iterable[RolloutRecord], *, seed: int = 0) -> StyleSummar
             k: float(np.mean([pass_at_k(len(s), round(sum(s)), k) for s in samples.values()]))
             for k in ks
         },
+        majority_accuracy=float(np.mean(votes)) if voted else None,
+        majority_accuracy_interval=rate_interval(votes, seed) if voted else None,
         total_tokens=mean(lambda record: record.total_tokens),
         critical_path=mean(lambda record: record.critical_path),
         critical_path_interval=bootstrap_interval(list(critical.values()), seed),
@@ -313,11 +329,18 @@ def _ratios(baseline: Mapping[int, float], parallel: Mapping[int, float]) -> dic
     return {problem: baseline[problem] / parallel[problem] for problem in shared}
 
 
+def _vote_score(samples: Sequence[RolloutRecord]) -> float:
+    """1 where the samples of one problem vote for its answer, else 0."""
+    winner = majority_vote([sample.answer for sample in samples])
+    # Grading compares texts, so whoever states the winner is graded like all others who do.
+    return float(next(sample.correct for sample in samples if sample.answer == winner))
+
+
 def _by_problem(
-    records: Iterable[RolloutRecord], value: Callable[[RolloutRecord], float]
-) -> dict[int, list[float]]:
+    records: Iterable[RolloutRecord], value: Callable[[RolloutRecord], _Value]
+) -> dict[int, list[_Value]]:
     """Problem -> the values of its samples; ascending, so that the bootstrap knows no order."""
-    groups: dict[int, list[float]] = collections.defaultdict(list)
+    groups: dict[int, list[_Value]] = collections.defaultdict(list)
     for record in records:
         groups[record.problem].append(value(record))
     return dict(sorted(groups.items()))

@@ -52,6 +52,7 @@ def record_rollout(
     return RolloutRecord(
         problem=index,
         style=style,
+        answer=graded.answer,
         correct=graded.correct,
         total_tokens=rollout.total_tokens,
         critical_path=rollout.critical_path,

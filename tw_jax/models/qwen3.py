@@ -74,6 +74,9 @@ class Attend(Protocol):
 # (embedding table, token ids) -> the tokens' rows of the table
 LookUp = Callable[[Float[Array, "vocab hidden"], Int32[Array, "*b len"]], Float[Array, "..."]]
 
+# (part of a layer that treats each token by itself, its inputs [*b len ...]) -> its outputs
+RunTokenwise = Callable[..., Any]
+
 _RESIDUAL = ("batch", "residual_length", "embed")
 
 
@@ -84,7 +87,12 @@ class Hooks:
     attend: Attend
     constrain: Constrain
     run_experts: RunExperts
+    run_tokenwise: RunTokenwise
     observe_router: ObserveRouter | None
+
+
+def _all_tokens(part: Callable[..., Any], *inputs: Array) -> Any:
+    return part(*inputs)
 
 
 class SelfAttention(nnx.Module):
@@ -103,19 +111,25 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(config.head_dim, "norm", config)
 
     def __call__(self, x, rotation, hooks: "Hooks", layer, carry):
-        """Returns the mixed tokens `[*b len hidden]` and the carry."""
-        heads = (*x.shape[:-1], -1, self.head_dim)
+        """Returns what attention read `[*b len heads dim]` and the carry."""
         with jax.named_scope("qkv"):
-            q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), *rotation)
-            k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), *rotation)
-            v = self.v_proj(x).reshape(heads)
+            q, k, v = hooks.run_tokenwise(self._project, x, *rotation)
             q = hooks.constrain(q, ("batch", "length", "heads", "head_dim"))
             k = hooks.constrain(k, ("batch", "length", "kv_heads", "head_dim"))
             v = hooks.constrain(v, ("batch", "length", "kv_heads", "head_dim"))
         with jax.named_scope("attend"):
-            out, carry = hooks.attend(q, k, v, layer, carry)
+            return hooks.attend(q, k, v, layer, carry)
+
+    def project_out(self, mixed: Float[Array, "*b len heads dim"], dtype):
+        """Back to the width of the residual stream."""
         with jax.named_scope("o_proj"):
-            return self.o_proj(out.astype(x.dtype).reshape(*x.shape[:-1], -1)), carry
+            return self.o_proj(mixed.astype(dtype).reshape(*mixed.shape[:-2], -1))
+
+    def _project(self, x, cos, sin):
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), cos, sin)
+        return q, k, self.v_proj(x).reshape(heads)
 
 
 class Block(nnx.Module):
@@ -131,16 +145,28 @@ class Block(nnx.Module):
         """Returns the residual stream after this layer and the carry."""
         with jax.named_scope("attention"):
             mixed, carry = self.self_attn(self.input_layernorm(x), rotation, hooks, layer, carry)
-            x = x + mixed
-        with jax.named_scope("mlp"):
-            x_normed = self.post_attention_layernorm(x)
-            if isinstance(self.mlp, SwiGLU):
-                out = self.mlp(x_normed, hooks.constrain)
-            else:
+        if isinstance(self.mlp, SwiGLU):
+            x = hooks.run_tokenwise(functools.partial(self._finish, self.mlp, hooks), x, mixed)
+        else:
+            x, x_normed = hooks.run_tokenwise(self._mix, x, mixed)
+            with jax.named_scope("mlp"):
                 out, routing = self.mlp(x_normed, hooks.run_experts)
                 if hooks.observe_router is not None:
                     carry = hooks.observe_router(routing, carry)
-            return hooks.constrain(x + out, _RESIDUAL), carry
+                x = x + out
+        return hooks.constrain(x, _RESIDUAL), carry
+
+    def _mix(self, x, mixed):
+        """The residual stream behind attention, and normed."""
+        with jax.named_scope("attention"):
+            x = x + self.self_attn.project_out(mixed, x.dtype)
+        with jax.named_scope("mlp"):
+            return x, self.post_attention_layernorm(x)
+
+    def _finish(self, mlp: SwiGLU, hooks: "Hooks", x, mixed):
+        x, x_normed = self._mix(x, mixed)
+        with jax.named_scope("mlp"):
+            return x + mlp(x_normed, hooks.constrain)
 
 
 class Qwen3(nnx.Module):
@@ -174,6 +200,7 @@ class Qwen3(nnx.Module):
         constrain: Constrain | None = None,
         look_up: LookUp | None = None,
         run_experts: RunExperts | None = None,
+        run_tokenwise: RunTokenwise | None = None,
         observe_router: ObserveRouter | None = None,
     ) -> tuple[Float[Array, "*b len hidden"], Any]:
         """Runs all layers and the final norm.
@@ -194,6 +221,8 @@ class Qwen3(nnx.Module):
             dtype, for callers that spread the table over devices. None: by index.
           run_experts: runs routed tokens through the experts, for callers that split the experts
             over devices. None: all of them here.
+          run_tokenwise: runs the parts of a layer that treat each token by itself, for callers that
+            know that the outputs of some tokens do not matter. None: on all of them.
           observe_router: called in each layer with experts, to record where tokens went in the
             carry; `attend` must hand that on. None: nothing is recorded.
 
@@ -208,6 +237,7 @@ class Qwen3(nnx.Module):
             attend,
             unplaced if constrain is None else constrain,
             all_experts if run_experts is None else run_experts,
+            _all_tokens if run_tokenwise is None else run_tokenwise,
             observe_router,
         )
         if not isinstance(positions, jax.core.Tracer):

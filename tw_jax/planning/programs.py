@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.errors import UserError
@@ -26,6 +27,7 @@ from tw_jax.parallel.mesh import ParallelConfig
 from tw_jax.planning.config import PlanConfig
 from tw_jax.planning.hlo_cost import RAGGED_DOT
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
+from tw_jax.rollout.network import Weights
 from tw_jax.rollout.state import new_state
 from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.train.objective import ObjectiveConfig
@@ -197,7 +199,8 @@ def _decode(config: PlanConfig, layout: Layout) -> Program:
     )
     engine = RolloutEngine(graphdef(model), schema, sizes)
     shapes = abstract_params(model)
-    params = _placed(shapes, layout.param_shardings(param_axes(model), shapes))
+    places = layout.param_shardings(param_axes(model), shapes)
+    weights = _placed(jax.eval_shape(engine.weights, shapes), _weight_places(model, places))
     state = jax.eval_shape(lambda: new_state(engine.program))
     everywhere = layout.replicated()
     places = jax.tree.map(lambda _: everywhere, state)
@@ -206,12 +209,26 @@ def _decode(config: PlanConfig, layout: Layout) -> Program:
     state = _placed(state, places)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     with jax.set_mesh(layout.mesh):
-        traced = engine.advance.trace(params, state, count, count)
+        traced = engine.advance.trace(weights, state, count, count)
     kv = _size(state.cache)
-    sizes_by = {"params": _size(params), "kv cache": kv, "engine state": _size(state) - kv}
+    sizes_by = {"params": _size(weights), "kv cache": kv, "engine state": _size(state) - kv}
     # Every loop of unknown length is the one over steps: one step is planned.
     scopes = _expert_scopes(model, layout, config.decode_rows) | {"": 1.0}
     return Program("decode step", 1, traced, scopes, sizes_by, {})
+
+
+def _weight_places(model: Qwen3Config, places: Any) -> Weights:
+    """Shardings of the engine's weights, from those of the parameters they are made of."""
+
+    def reduced(sharding: NamedSharding, axes: slice) -> NamedSharding:
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axes]))
+
+    layer = jax.tree.map(lambda sharding: reduced(sharding, slice(1, None)), places["layers"])
+    if model.tie_word_embeddings:
+        head = reduced(places["embed_tokens"]["embedding"], slice(None, None, -1))
+    else:
+        head = places["lm_head"]["kernel"]
+    return Weights(places, (layer,) * model.num_hidden_layers, head)
 
 
 def _abstract_batch(layout: Layout, rows: int, row_len: int, *, rl: bool) -> PackedBatch:

@@ -29,13 +29,18 @@ def response_text(rollout: Rollout, tokenizer: Any) -> str:
     return tokenizer.decode(rollout.response, skip_special_tokens=False)
 
 
-def grade(rollout: Rollout, problem: Problem, task: Task, tokenizer: Any, schema: Schema) -> Graded:
-    """Grades by exact match of the answer stated behind the last parallel block."""
+def rollout_answer(rollout: Rollout, task: Task, tokenizer: Any) -> str | None:
+    """The answer stated behind the last parallel block, None if nothing."""
     trajectory = rollout.trajectory
     start = trajectory.blocks[-1].end if trajectory.blocks else trajectory.prompt_len
     tail = tokenizer.decode(trajectory.tokens[start:], skip_special_tokens=False)
-    answer = task.extract_answer(tail)
-    return Graded(answer, answer == problem.answer, format_valid(trajectory, schema))
+    return task.extract_answer(tail)
+
+
+def grade(rollout: Rollout, problem: Problem, task: Task, tokenizer: Any, schema: Schema) -> Graded:
+    """Grades by exact match of the answer stated behind the last parallel block."""
+    answer = rollout_answer(rollout, task, tokenizer)
+    return Graded(answer, answer == problem.answer, format_valid(rollout.trajectory, schema))
 
 
 def format_valid(trajectory: Trajectory, schema: Schema) -> bool:

@@ -12,7 +12,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from tw_jax.rollout.advance import end_segments, split_spawns
+from tw_jax.rollout.lanes import release_pages
 from tw_jax.rollout.outlines import read_token
+from tw_jax.rollout.pages import release, share
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.sampling_table import SamplingTable, sampling_table
@@ -39,6 +41,9 @@ class Admission:
       tokens: prompt and forced prefix, padded to the length of an area.
       prompt_len: prompt tokens.
       known_len: prompt and forced prefix.
+      source: what has the same beginning as the prompt and lets it be shared: a request slot,
+        `requests + i` for the i-th kept prefix, -1 for nothing.
+      source_len: tokens to share.
       ticket: order of admission.
       key: noise key of the request.
       parallel: may spawn.
@@ -54,6 +59,8 @@ class Admission:
     tokens: Int32[Array, "requests store"]
     prompt_len: Int32[Array, "requests"]
     known_len: Int32[Array, "requests"]
+    source: Int32[Array, "requests"]
+    source_len: Int32[Array, "requests"]
     ticket: Int32[Array, "requests"]
     key: UInt32[Array, "requests 2"]
     parallel: Bool[Array, "requests"]
@@ -65,8 +72,27 @@ class Admission:
     sampling: SamplingTable
 
 
-def admission(program: Program, arrivals: Sequence[tuple[int, int, Request]]) -> Admission:
-    """Lays out requests for `admit`: (slot, ticket, request) each. Plain NumPy."""
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """One request on its way in.
+
+    Attributes:
+      slot: the request slot that it will have.
+      ticket: order of admission.
+      request: what it asks for.
+      source: see `Admission`.
+      source_len: see `Admission`.
+    """
+
+    slot: int
+    ticket: int
+    request: Request
+    source: int = -1
+    source_len: int = 0
+
+
+def admission(program: Program, arrivals: Sequence[Arrival]) -> Admission:
+    """Lays out requests for `admit`. Plain NumPy."""
     n = program.requests
     fields = {
         "arrives": np.zeros(n, np.bool_),
@@ -74,7 +100,7 @@ def admission(program: Program, arrivals: Sequence[tuple[int, int, Request]]) ->
         "key": np.zeros((n, 2), np.uint32),
         "parallel": np.zeros(n, np.bool_),
         "sampling": sampling_table(
-            {slot: request.sampling for slot, _, request in arrivals},
+            {arrival.slot: arrival.request.sampling for arrival in arrivals},
             n,
             program.vocab,
             program.max_logit_bias,
@@ -82,14 +108,15 @@ def admission(program: Program, arrivals: Sequence[tuple[int, int, Request]]) ->
     }
     for field in dataclasses.fields(Admission):
         fields.setdefault(field.name, np.zeros(n, np.int32))
-    for slot, ticket, request in arrivals:
-        for name, value in _asked(program, ticket, request).items():
-            fields[name][slot] = value
+    for arrival in arrivals:
+        for name, value in _asked(program, arrival).items():
+            fields[name][arrival.slot] = value
     return Admission(**cast(dict[str, Any], fields))
 
 
-def _asked(program: Program, ticket: int, request: Request) -> dict[str, Any]:
+def _asked(program: Program, arrival: Arrival) -> dict[str, Any]:
     """One line of an `Admission`."""
+    request = arrival.request
     sampling = request.sampling
     known = [*request.prompt, *request.forced_prefix]
     budget = len(request.prompt) + sampling.max_response_tokens
@@ -98,7 +125,9 @@ def _asked(program: Program, ticket: int, request: Request) -> dict[str, Any]:
         "tokens": np.pad(np.array(known, np.int32), (0, program.store_len - len(known))),
         "prompt_len": len(request.prompt),
         "known_len": len(known),
-        "ticket": ticket,
+        "source": arrival.source,
+        "source_len": arrival.source_len,
+        "ticket": arrival.ticket,
         # The two words that jax.random.PRNGKey makes of a 64-bit seed.
         "key": (request.seed >> 32, request.seed & 0xFFFFFFFF),
         "parallel": request.mode == "parallel",
@@ -133,6 +162,9 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
         if field.name in Admission.__dataclass_fields__ and field.name != "sampling"
     }
     area = jnp.where(arrives, slots * program.max_threads, len(state.tokens))
+    lines = request_field(requests.row, row)
+    kept = batch.source - program.requests
+    source = jnp.where(kept < 0, lines[batch.source], program.rows + kept)
     state = replace(
         state,
         tokens=state.tokens.at[area].set(batch.tokens, mode="drop"),
@@ -147,6 +179,8 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
             waiting=row_field(rows.waiting, False),
             n_known=row_field(rows.n_known, batch.known_len),
             n_kv=row_field(rows.n_kv, 0),
+            source=row_field(rows.source, jnp.where(batch.source < 0, -1, source)),
+            source_len=row_field(rows.source_len, batch.source_len),
             body=row_field(rows.body, batch.known_len),
             stop_at=row_field(rows.stop_at, batch.limit),
             unit=row_field(rows.unit, unit_number(0, 0)),
@@ -157,7 +191,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
             **asked,
             sampling=requests.sampling.replaced(arrives, batch.sampling),
             phase=request_field(requests.phase, SEGMENT),
-            row=request_field(requests.row, row),
+            row=lines,
             block=request_field(requests.block, 0),
         ),
         reader=replace(
@@ -171,7 +205,20 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
     state, asks = _read_prefix(program, state, batch)
     spawns, cramped = split_spawns(program, state, asks)
     state = open_blocks(program, state, spawns)
-    return end_segments(state, cramped, state.requests.limit_reason)
+    return release_pages(program, end_segments(state, cramped, state.requests.limit_reason))
+
+
+def keep_prefix(
+    program: Program,
+    state: EngineState,
+    kept: Int32[Array, ""],
+    slot: Int32[Array, ""],
+    pages: Int32[Array, ""],
+) -> EngineState:
+    """Keeps the first full pages of a running request's text as a prefix, in place of another."""
+    line = program.rows + kept
+    table = release(state.pages, jnp.arange(program.layout.lines) == line)
+    return replace(state, pages=share(table, state.requests.row[slot], line, pages))
 
 
 def _read_prefix(

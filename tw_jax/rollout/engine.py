@@ -18,17 +18,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tw_jax.errors import UserError
-from tw_jax.kernels.slot_attention import slot_layout
+from tw_jax.kernels.column_cache import cache_layout
 from tw_jax.models import Params, Qwen3Config, check_positions
-from tw_jax.rollout.admit import admit, harvest
+from tw_jax.rollout.admit import admit, harvest, keep_prefix
 from tw_jax.rollout.advance import advance
+from tw_jax.rollout.interrupt import interrupt_requests
+from tw_jax.rollout.network import Weights, decoding_weights
 from tw_jax.rollout.outlines import outline_alphabet
-from tw_jax.rollout.request import Request
+from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
 from tw_jax.rollout.sampling_table import check_sampling
 from tw_jax.rollout.session import Session
-from tw_jax.rollout.spawn_join import interrupt_requests
 from tw_jax.rollout.state import EngineState, Program, new_state
 from tw_jax.trajectory.schema import Schema
 
@@ -37,6 +38,8 @@ OnFinish = Callable[[int, Rollout], None]
 # The prefill lane costs as much for one token as for all it can hold. For fewer tokens than this it
 # rests, and rows feed their known tokens one by one. Measured on CPU with 4 to 128 rows.
 LANE_MIN_TOKENS = 4
+# Pages of a row by default, and the least size of one.
+_PAGES, _MIN_PAGE = 4, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,11 @@ class EngineConfig:
       prefill_rows: rows that are fed a chunk of known tokens in one step.
       prefill_chunk: tokens of such a chunk.
       steps_per_dispatch: most steps before the host looks for finished rollouts.
+      page_size: positions per page of the key/value cache; a page is what rows share. 0 chooses: a
+        quarter of the context, at least 64, since each page of a row costs some overhead.
+      kept_prefixes: beginnings of prompts, such as system prompts, that stay in the cache when
+        the requests that brought them are gone; least recently used ones make room. Each takes
+        as much memory as a row.
       deterministic: make log-probabilities, not only tokens, independent of what else is in the
         batch, to the last bit: known tokens go through the prefill lane only, threads join all at
         once, and attention always reads the whole context. Slower.
@@ -72,12 +80,19 @@ class EngineConfig:
     prefill_rows: int = 4
     prefill_chunk: int = 16
     steps_per_dispatch: int = 64
+    page_size: int = 0
+    kept_prefixes: int = 0
     deterministic: bool = False
+
+    @property
+    def page_len(self) -> int:
+        """Positions per page."""
+        return self.page_size or max(_MIN_PAGE, -(-self.context_len // _PAGES))
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "max_logit_bias" else 1
+            least = 0 if field.name in ("max_logit_bias", "page_size", "kept_prefixes") else 1
             if field.name != "deterministic" and value < least:
                 raise UserError(f"engine.{field.name}={value}: must be at least {least}")
         if self.rows < self.requests:
@@ -120,15 +135,17 @@ class RolloutEngine:
         self._open = False
         program = self.program
 
-        def run(params: Params, state: EngineState, max_steps, max_finished):
-            model = nnx.merge(graphdef, params)
-            return advance(program, model, params, state, max_steps, max_finished)
+        def run(weights: Weights, state: EngineState, max_steps, max_finished):
+            model = nnx.merge(graphdef, weights.params)
+            return advance(program, model, weights, state, max_steps, max_finished)
 
         self.advance = jax.jit(run, donate_argnums=1)
+        self.weights = jax.jit(decoding_weights)
+        self.keep_prefix = jax.jit(functools.partial(keep_prefix, program), donate_argnums=0)
         self._new_state = jax.jit(functools.partial(new_state, program))
         self.admit = jax.jit(functools.partial(admit, program), donate_argnums=0)
         self.harvest = jax.jit(functools.partial(harvest, program), donate_argnums=0)
-        self.interrupt = jax.jit(interrupt_requests, donate_argnums=0)
+        self.interrupt = jax.jit(functools.partial(interrupt_requests, program), donate_argnums=0)
 
     @contextlib.contextmanager
     def session(self, params: Params, *, max_queue: int | None = None) -> Iterator[Session]:
@@ -150,7 +167,7 @@ class RolloutEngine:
         self._open = True
         try:
             session = Session(
-                self, params, self._new_state() if state is None else state, max_queue
+                self, self.weights(params), self._new_state() if state is None else state, max_queue
             )
             yield session
             self.state = None if session.running else session.state
@@ -231,9 +248,10 @@ def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None
 
 
 def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Program:
-    layout = slot_layout(model.num_hidden_layers, config.rows, config.context_len)
+    lines = config.rows + config.kept_prefixes
     return Program(
-        layout=layout,
+        layout=cache_layout(model.num_hidden_layers, lines, config.context_len, config.page_len),
+        rows=config.rows,
         kv_heads=model.num_key_value_heads,
         head_dim=model.head_dim,
         dtype=jnp.dtype(model.compute_dtype),
@@ -256,38 +274,17 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
 
 def _check_request(name: str, request: Request, config: EngineConfig, model: Qwen3Config) -> None:
     """Refuses a request that the engine cannot serve as asked."""
+    check_request(name, request, config.context_len, "engine.context_len")
     sampling = request.sampling
-    prompt_len, prefix_len = len(request.prompt), len(request.forced_prefix)
-    known = [*map(int, request.prompt), *request.forced_prefix]
-    if prompt_len == 0:
-        raise UserError(f"{name}: the prompt is empty; begin it with a token such as <bos>")
-    if not 0 <= min(known) <= max(known) < model.vocab_size:
+    if max(*map(int, request.prompt), *request.forced_prefix, 0) >= model.vocab_size:
         raise UserError(f"{name}: token ids must lie in 0..{model.vocab_size - 1}")
-    if prompt_len + prefix_len >= config.context_len:
-        raise UserError(
-            f"{name}: a prompt of {prompt_len} and a forced prefix of {prefix_len} tokens leave no "
-            f"room in engine.context_len={config.context_len}: shorten them or raise it"
-        )
-    if prefix_len >= sampling.max_response_tokens:
-        raise UserError(
-            f"{name}: its forced prefix of {prefix_len} tokens spends the budget of "
-            f"max_response_tokens={sampling.max_response_tokens}"
-        )
     for field in ("max_threads", "max_blocks"):
         asked, held = getattr(sampling, field), getattr(config, field)
-        if not 1 <= asked <= held:
+        if asked > held:
             raise UserError(
                 f"{name}: sampling.{field}={asked} must lie in 1..{held}; engine.{field} sets the "
                 "upper end"
             )
-    if sampling.max_thread_tokens < 1:
-        raise UserError(f"{name}: sampling.max_thread_tokens must be at least 1")
     check_sampling(name, sampling, model.vocab_size, config.max_logit_bias)
-    if request.timeout_s is not None and not request.timeout_s > 0:
-        raise UserError(f"{name}: timeout_s={request.timeout_s} must be positive")
-    if not 0 <= request.seed < 2**64:
-        raise UserError(f"{name}: seed={request.seed} must lie in 0..2**64 - 1")
-    if request.mode not in ("parallel", "sequential"):
-        raise UserError(f"{name}: mode={request.mode!r} must be 'parallel' or 'sequential'")
     if request.mode == "parallel" and sampling.max_threads > 1 and config.rows < 2:
         raise UserError(f"{name}: threads need a row of their own: set engine.rows to at least 2")

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int32
 
+from tw_jax.errors import UserError
+
 Mode = Literal["parallel", "sequential"]
 RepetitionScope = Literal["unit", "context"]
 
@@ -72,3 +74,42 @@ class Request:
 def sampling_seed(*key: int) -> int:
     """A 32-bit seed for a `Request` that depends on the given integers alone."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def check_request(name: str, request: Request, context_len: int, context_key: str) -> None:
+    """Refuses a request that nothing could serve; how tokens are drawn is not looked at.
+
+    Args:
+      name: what messages call it.
+      request: the request.
+      context_len: prompt and response together never get longer.
+      context_key: the setting that says so.
+
+    Raises:
+      UserError: names the request, the field and what is expected of it.
+    """
+    sampling = request.sampling
+    prompt_len, prefix_len = len(request.prompt), len(request.forced_prefix)
+    if prompt_len == 0:
+        raise UserError(f"{name}: the prompt is empty; begin it with a token such as <bos>")
+    if min(*map(int, request.prompt), *request.forced_prefix, 0) < 0:
+        raise UserError(f"{name}: token ids must not be negative")
+    if prompt_len + prefix_len >= context_len:
+        raise UserError(
+            f"{name}: a prompt of {prompt_len} and a forced prefix of {prefix_len} tokens leave no "
+            f"room in {context_key}={context_len}: shorten them or raise it"
+        )
+    if prefix_len >= sampling.max_response_tokens:
+        raise UserError(
+            f"{name}: its forced prefix of {prefix_len} tokens spends the budget of "
+            f"max_response_tokens={sampling.max_response_tokens}"
+        )
+    for field in ("max_threads", "max_blocks", "max_thread_tokens"):
+        if (value := getattr(sampling, field)) < 1:
+            raise UserError(f"{name}: sampling.{field}={value} must be at least 1")
+    if request.timeout_s is not None and not request.timeout_s > 0:
+        raise UserError(f"{name}: timeout_s={request.timeout_s} must be positive")
+    if not 0 <= request.seed < 2**64:
+        raise UserError(f"{name}: seed={request.seed} must lie in 0..2**64 - 1")
+    if request.mode not in ("parallel", "sequential"):
+        raise UserError(f"{name}: mode={request.mode!r} must be 'parallel' or 'sequential'")

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.errors import UserError
-from tw_jax.models import Params
-from tw_jax.rollout.admit import Harvest, admission
+from tw_jax.rollout.admit import Arrival, Harvest, admission
 from tw_jax.rollout.advance import MAX_IDLE_STEPS
 from tw_jax.rollout.assemble import FinishedText, assemble
 from tw_jax.rollout.live_text import LiveText, live_texts
+from tw_jax.rollout.network import Weights
+from tw_jax.rollout.pages import pages_in_use
+from tw_jax.rollout.prefix_book import PrefixBook
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.state import CANCELLED, DEADLINE, FINISHED, EngineState
@@ -48,10 +50,10 @@ class Session:
     """See the module docstring; made by `RolloutEngine.session`."""
 
     def __init__(
-        self, engine: "RolloutEngine", params: Params, state: EngineState, max_queue: int | None
+        self, engine: "RolloutEngine", weights: Weights, state: EngineState, max_queue: int | None
     ) -> None:
         """Opens a session on an engine's state."""
-        self.params, self.state = params, state
+        self.weights, self.state = weights, state
         self._engine = engine
         self._config, self._program = engine.config, engine.program
         self._max_queue = max_queue
@@ -62,6 +64,7 @@ class Session:
         self._free_rows = engine.config.rows
         self._first_step = int(state.step)
         self._spawning = False
+        self._book = PrefixBook(engine.program)
 
     # --- what a caller does -----------------------------------------------------------------------
 
@@ -108,7 +111,7 @@ class Session:
             # the caller waits for it.
             most = max(1, len(self._running) // 8) if self._queue else len(self._running)
             self.state, status = self._engine.advance(
-                self.params, self.state, self._config.steps_per_dispatch, most
+                self.weights, self.state, self._config.steps_per_dispatch, most
             )
             ended += self._collect(np.asarray(status))
         return sorted(ended, key=lambda pair: pair[0])
@@ -124,6 +127,11 @@ class Session:
         return bool(self._queue or self._running or self._ended)
 
     @property
+    def pages_in_use(self) -> int:
+        """Pages of the cache that hold something; shared ones count once. Reads the device."""
+        return int(pages_in_use(self.state.pages))
+
+    @property
     def queued(self) -> int:
         """Requests that wait for a place."""
         return len(self._queue)
@@ -134,6 +142,11 @@ class Session:
         return len(self._running)
 
     # --- how --------------------------------------------------------------------------------------
+
+    def _keep_prefixes(self, cached: np.ndarray) -> None:
+        """Keeps the beginnings of prompts that come again and again."""
+        for kept, slot, pages in self._book.to_keep(cached):
+            self.state = self._engine.keep_prefix(self.state, kept, slot, pages)
 
     def _end(self, tickets: set[int], reason: int) -> None:
         """Ends requests where they are: in the queue or in the engine."""
@@ -172,14 +185,16 @@ class Session:
         for slot in slots[: max(room, 0)]:
             waiting = self._queue.popleft()
             self._running[slot] = waiting
-            arrivals.append((slot, waiting.ticket, waiting.request))
+            source, source_len = self._book.admit(slot, waiting.request.prompt)
+            arrivals.append(Arrival(slot, waiting.ticket, waiting.request, source, source_len))
         if arrivals:
             self.state = self._engine.admit(self.state, admission(self._program, arrivals))
             self._free_rows -= len(arrivals)
 
     def _collect(self, status: np.ndarray) -> list[tuple[int, Rollout]]:
-        phase = status[: self._config.requests]
-        self._free_rows, step, idle_steps = (int(n) for n in status[self._config.requests :])
+        slots = self._config.requests
+        phase, cached = status[:slots], status[slots : 2 * slots]
+        self._free_rows, step, idle_steps = (int(n) for n in status[2 * slots :])
         if idle_steps >= MAX_IDLE_STEPS:
             raise RuntimeError(
                 f"the rollout engine made no progress at step {step}: {len(self._running)} active "
@@ -187,6 +202,7 @@ class Session:
                 "with the engine's configuration; more rows may avoid it."
             )
         finished = np.flatnonzero(phase == FINISHED).tolist()
+        self._keep_prefixes(np.where(phase == FINISHED, 0, cached))
         if not finished:
             return []
         self.state, device_harvest = self._engine.harvest(self.state)
@@ -194,6 +210,7 @@ class Session:
         ended = []
         for slot in finished:
             waiting = self._running.pop(slot)
+            self._book.leave(slot)
             text = self._text(crop, slot)
             ended.append((waiting.ticket, assemble(waiting.request, text, self._engine.schema)))
         return ended

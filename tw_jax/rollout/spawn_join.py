@@ -4,8 +4,8 @@ Every event is handled on scalars, one request at a time, in `while_loop`s that 
 nothing happens; several events of one step take several trips.
 
 Spawn: the parent's row goes on as thread 1. Threads 2..n wait until the cache of the parent's row
-covers what all threads share, then each takes a free row when there is one, with a copy of that
-row's slot. Join: threads join in order, each as soon as it is finished, by copying their tokens
+covers what all threads share, then each takes a free row when there is one, and shares the pages of
+that row. Join: threads join in order, each as soon as it is finished, by copying their tokens
 behind the joined text; the parent's row then feeds them like any other known tokens.
 
 The joined text ends at the request's limit. A thread whose text would cross it is cut so that its
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from tw_jax.kernels.slot_attention import copy_slot
+from tw_jax.rollout.lanes import share_line
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.state import (
     COUNT,
@@ -55,31 +55,6 @@ def finish_requests(
         ),
         rows=replace(rows, live=rows.live & ~ending[rows.request]),
     )
-
-
-def interrupt_requests(
-    state: EngineState, ending: Bool[Array, "requests"], reason: Scalar
-) -> EngineState:
-    """Ends running rollouts on the host's word, with the text that has been joined so far."""
-    requests, threads, rows = state.requests, state.threads, state.rows
-    forked = requests.phase == THREADS
-    ending = ending & (forked | (requests.phase == SEGMENT))
-    row, slots = requests.row, jnp.arange(len(requests.row))
-    # Threads that have joined are part of the result; what thread 1 wrote before it joined is not.
-    some_joined = forked & (threads.next_join > 1)
-    length = jnp.where(forked & ~some_joined, threads.fork_at, rows.n_known[row])
-    step = jnp.broadcast_to(state.step, row.shape)
-    entry = jnp.stack([row, rows.start_step[row], step], axis=1)
-    at = jnp.where(ending & ~forked, slots, len(row))
-    segments = state.records.segments.at[at, requests.block].set(entry, mode="drop")
-    state = replace(
-        state,
-        records=replace(state.records, segments=segments),
-        requests=replace(requests, block=requests.block + (ending & some_joined)),
-    )
-    state = finish_requests(state, ending, jnp.broadcast_to(reason, row.shape))
-    length = jnp.where(ending, length, state.requests.length)
-    return replace(state, requests=replace(state.requests, length=length))
 
 
 def record_segment(state: EngineState, slot: Scalar) -> EngineState:
@@ -246,9 +221,10 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
     header, header_len = _header(program, state, slot, ordinal)
     body = fork_at + header_len
     area = slot * program.max_threads + ordinal - 1
+    cached = fork_at + program.shared_len
+    state = share_line(program, state, state.requests.row[slot], row, cached)
     return replace(
         state,
-        cache=copy_slot(state.cache, state.requests.row[slot], row),
         tokens=lax.dynamic_update_slice(state.tokens, header[None], (area, fork_at)),
         rows=state.rows.put(
             row,
@@ -258,7 +234,7 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
             thread=ordinal,
             waiting=False,
             n_known=body,
-            n_kv=fork_at + program.shared_len,
+            n_kv=cached,
             body=body,
             stop_at=_thread_stop_at(program, state, slot, body),
             unit=unit_number(state.requests.block[slot], ordinal),

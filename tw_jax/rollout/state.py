@@ -1,7 +1,7 @@
 """The engine's state on the device: fixed shapes, one donated pytree.
 
-Three kinds of place. A *row* is a slot of the key/value cache and one lane of the decoding batch;
-it runs one unit at a time. A *request slot* holds one active rollout. An *area* is a line of the
+Three kinds of place. A *row* is one lane of the decoding batch and one line of the page table; it
+runs one unit at a time. A *request slot* holds one active rollout. An *area* is a line of the
 token store: request slot `g` owns areas `g * max_threads + t`; area 0 holds its joined text, and
 area t the text of thread t + 1 in that thread's own context (thread 1 writes into the joined text
 directly). A row writes its tokens to its area at their positions, so `area` is the base address
@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from tw_jax.kernels.slot_attention import SlotCache, SlotLayout, empty_cache
+from tw_jax.kernels.column_cache import CacheLayout, ColumnCache, empty_cache
 from tw_jax.rollout.outlines import OutlineAlphabet, OutlineReader, new_reader
+from tw_jax.rollout.pages import PageTable, new_table
 from tw_jax.rollout.sampling_table import SamplingTable, sampling_table
 from tw_jax.trajectory.schema import ForkJoinTokens
 
@@ -45,7 +46,8 @@ class Program:
     """Everything about the jitted loop that is known before it is traced.
 
     Attributes:
-      layout: shape of the key/value cache.
+      layout: shape of the key/value cache; its lines behind the rows hold kept prefixes.
+      rows: rows of the decoding batch.
       kv_heads: key/value heads of the model.
       head_dim: width of one head.
       dtype: dtype of the cache.
@@ -65,7 +67,8 @@ class Program:
       alphabet: token classes for outline numbers.
     """
 
-    layout: SlotLayout
+    layout: CacheLayout
+    rows: int
     kv_heads: int
     head_dim: int
     dtype: Any
@@ -83,11 +86,6 @@ class Program:
     tokens: ForkJoinTokens
     eos_id: int
     alphabet: OutlineAlphabet
-
-    @property
-    def rows(self) -> int:
-        """Rows of the decoding batch."""
-        return self.layout.rows
 
     @property
     def shared_len(self) -> int:
@@ -133,6 +131,8 @@ class Rows(_Table):
       waiting: a parent's row between the end of thread 1 and the join; feeds, but does not sample.
       n_known: tokens decided.
       n_kv: tokens in the cache.
+      source: the line whose first tokens this one waits to share, -1 for none.
+      source_len: how many.
       body: position of the unit's first sampled token.
       stop_at: the unit ends when `n_known` reaches this.
       unit: number of the unit in its request; selects its noise.
@@ -146,6 +146,8 @@ class Rows(_Table):
     waiting: Bool[Array, "rows"]
     n_known: Int32[Array, "rows"]
     n_kv: Int32[Array, "rows"]
+    source: Int32[Array, "rows"]
+    source_len: Int32[Array, "rows"]
     body: Int32[Array, "rows"]
     stop_at: Int32[Array, "rows"]
     unit: Int32[Array, "rows"]
@@ -235,6 +237,7 @@ class EngineState:
 
     Attributes:
       cache: keys and values.
+      pages: which pages of the cache each line holds.
       tokens: the token store, one line per area.
       logprobs: log-probability of each sampled token, beside it.
       rows: the rows of the batch.
@@ -246,7 +249,8 @@ class EngineState:
       idle_steps: steps since any row was fed.
     """
 
-    cache: SlotCache
+    cache: ColumnCache
+    pages: PageTable
     tokens: Int32[Array, "areas store"]
     logprobs: Float32[Array, "areas store"]
     rows: Rows
@@ -271,6 +275,7 @@ def new_state(program: Program) -> EngineState:
     store = (requests * threads, program.store_len)
     return EngineState(
         cache=empty_cache(program.layout, program.kv_heads, program.head_dim, program.dtype),
+        pages=new_table(program.layout),
         tokens=ints(*store),
         logprobs=jnp.zeros(store, jnp.float32),
         rows=Rows(
@@ -281,6 +286,8 @@ def new_state(program: Program) -> EngineState:
             waiting=flags(rows),
             n_known=ints(rows),
             n_kv=ints(rows),
+            source=ints(rows) - 1,
+            source_len=ints(rows),
             body=ints(rows),
             stop_at=ints(rows),
             unit=ints(rows),

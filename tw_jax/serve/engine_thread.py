@@ -81,6 +81,8 @@ def warm_up(
     with engine.session(params) as session:
         nothing = np.zeros(engine.config.requests, np.bool_)
         session.state = engine.interrupt(session.state, nothing, jnp.int32(CANCELLED))
+        if engine.config.kept_prefixes:  # keeps nothing: no pages
+            session.state = engine.keep_prefix(session.state, 0, 0, 0)
         ticket = session.submit(request)
         session.poll()
         session.live()

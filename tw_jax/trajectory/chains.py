@@ -40,6 +40,12 @@ class ForestBuilder:
         self._chains: list[_Chain] = []
         self._children: list[list[int]] = []
 
+    def add_prompt(self, tokens: Int32[np.ndarray, "len"]) -> Node:
+        """Plants the prompt that all rollouts share as a root; returns its last token."""
+        kind = np.full(len(tokens), TokenKind.PROMPT, np.int8)
+        root = self.add_chain(None, tokens, kind, np.arange(len(tokens), dtype=np.int32), -1)
+        return Node(root.chain, len(tokens) - 1)
+
     def add_chain(
         self,
         parent: Node | None,

@@ -63,16 +63,30 @@ class TokenClasses:
 class ForkJoinTokens:
     """What the rollout engine must know of a schema, as token ids.
 
+    What happens token by token under each join rule stands in the schemas' own modules.
+
     Attributes:
       spawn_trigger: a sequential segment that samples this id spawns.
-      plans_open: the id that opens the list of plans; captured numbers restart here.
-      plan_open: a plan's number follows this id.
+      plans_open: the id that opens the list of plans; what was captured of a list restarts here.
+      plan_open: a plan's number follows this id; under the join rule `message`, its message.
       thread_stop: a thread that samples this id is finished.
-      fork: forced once after the spawn trigger, before the first thread's header.
+      fork: forced once behind the spawn trigger, before the first thread's header. Part of every
+        thread's context, except under `message`, where only the parent has it.
       header_prefix: forced before a thread's number.
       header_suffix: forced after it; sampling of the thread's body begins behind it.
       thread_close: forced in place of a missing thread stop (budget hit, or text ended).
       join: forced after the last thread; the parent samples on behind it.
+      thread_tail: forced behind every thread's closing tag, in the thread's own context; hidden
+        from its siblings like the rest of the thread.
+      numbered: plans and thread headers carry a number. If not, every plan that is closed by
+        `plan_close` spawns a thread, in order, and the header is `header_prefix`, `header_suffix`.
+      plan_close: the id that closes a plan; -1 where reading the number is enough.
+      context_prefix: under `message`, what a thread's context begins with. Behind it comes the
+        message, from `plan_open` to `plan_close` with both, and then the header.
+      return_open: under `message`, the id behind which a thread's returned message begins; the
+        last one in the thread counts, and the message ends before the thread's closing tag. -1
+        under the other rules. A thread without it returns an empty message. At the join the
+        parent's context gets, per thread, `return_open`, the message, `thread_stop`, all forced.
     """
 
     spawn_trigger: int
@@ -84,6 +98,11 @@ class ForkJoinTokens:
     header_suffix: tuple[int, ...]
     thread_close: tuple[int, ...]
     join: tuple[int, ...]
+    thread_tail: tuple[int, ...] = ()
+    numbered: bool = True
+    plan_close: int = -1
+    context_prefix: tuple[int, ...] = ()
+    return_open: int = -1
 
 
 class Schema(Protocol):

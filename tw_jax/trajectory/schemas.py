@@ -3,10 +3,16 @@
 from typing import Any
 
 from tw_jax.errors import UserError
+from tw_jax.trajectory.apr import AprSchema
+from tw_jax.trajectory.native import NativeSchema
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.threadweaver import ThreadWeaverSchema
 
-_SCHEMAS = {ThreadWeaverSchema.name: ThreadWeaverSchema}
+_Class = type[ThreadWeaverSchema] | type[NativeSchema] | type[AprSchema]
+
+_SCHEMAS: dict[str, _Class] = {
+    kind.name: kind for kind in (ThreadWeaverSchema, NativeSchema, AprSchema)
+}
 
 
 def make_schema(name: str, tokenizer: Any) -> Schema:
@@ -27,7 +33,7 @@ def schema_tags(name: str) -> tuple[str, ...]:
     return _named(name).tags
 
 
-def _named(name: str) -> type[ThreadWeaverSchema]:
+def _named(name: str) -> _Class:
     if name not in _SCHEMAS:
         raise UserError(f"unknown schema {name!r}; known: {', '.join(sorted(_SCHEMAS))}")
     return _SCHEMAS[name]

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int8, Int32
+from jaxtyping import Int32
 
-from tw_jax.errors import UserError
 from tw_jax.trajectory import metrics, threadweaver_parser
 from tw_jax.trajectory.chains import ForestBuilder, Node
 from tw_jax.trajectory.schema import (
@@ -17,10 +16,16 @@ from tw_jax.trajectory.schema import (
     PositionRule,
     TokenClasses,
 )
-from tw_jax.trajectory.trajectory import ThreadSpan, Trajectory
+from tw_jax.trajectory.thread_text import (
+    isolated_thread,
+    join_written,
+    replaced_tokens,
+    text_kinds,
+)
+from tw_jax.trajectory.trajectory import Trajectory, shared_prompt
 from tw_jax.trajectory.trie import TokenKind, Trie
-from tw_jax.trajectory.units import Unit
-from tw_jax.trajectory.vocabulary import control_token_ids, token_classes
+from tw_jax.trajectory.units import Unit, units_of_whole_prefix
+from tw_jax.trajectory.vocabulary import control_token_ids, end_of_text_id, token_classes
 
 THREADWEAVER_TAGS = (
     "<Parallel>",
@@ -56,8 +61,6 @@ class ThreadWeaverSchema:
           UserError: the tokenizer lacks a control tag or an end-of-text token.
         """
         tag_ids = control_token_ids(tokenizer, THREADWEAVER_TAGS)
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-text token (eos_token)")
 
         def piece(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text, add_special_tokens=False).input_ids)
@@ -66,7 +69,7 @@ class ThreadWeaverSchema:
         line_break = piece("\n")
         return cls(
             tag_ids=tag_ids,
-            eos_id=int(tokenizer.eos_token_id),
+            eos_id=end_of_text_id(tokenizer),
             classes=token_classes(tokenizer, tag_ids),
             fork_join=ForkJoinTokens(
                 spawn_trigger=by_name["</Outlines>"],
@@ -105,23 +108,7 @@ class ThreadWeaverSchema:
 
     def units(self, trajectory: Trajectory) -> tuple[Unit, ...]:
         """See `Schema.units`."""
-        tokens, units = trajectory.tokens, []
-        start = trajectory.response_start
-        for index, block in enumerate(trajectory.blocks):
-            units.append(
-                Unit("segment", index, 0, tokens[:start], tokens[start : block.outlines_end])
-            )
-            shared = tokens[: block.threads[0].start] if block.threads else tokens[:0]
-            for ordinal, thread in enumerate(block.threads, start=1):
-                context = np.concatenate([shared, tokens[thread.start : thread.body]])
-                completion = np.concatenate(
-                    [tokens[thread.body : thread.sampled_end], np.array(thread.replaced, np.int32)]
-                )
-                units.append(Unit("thread", index, ordinal, context, completion))
-            start = block.join_end
-        if start < len(tokens):
-            units.append(Unit("segment", len(trajectory.blocks), 0, tokens[:start], tokens[start:]))
-        return tuple(units)
+        return units_of_whole_prefix(trajectory)
 
     def forest(self, trajectories: Sequence[Trajectory]) -> Trie:
         """See `Schema.forest`.
@@ -129,22 +116,10 @@ class ThreadWeaverSchema:
         Raises:
           ValueError: the trajectories do not share one non-empty prompt.
         """
-        first = trajectories[0]
-        prompt = first.tokens[: first.prompt_len]
-        if not len(prompt):
-            raise ValueError("a trie needs at least one prompt token to predict the response from")
+        prompt = shared_prompt(trajectories)
         builder = ForestBuilder()
-        root = builder.add_chain(
-            None,
-            prompt,
-            np.full(len(prompt), TokenKind.PROMPT, np.int8),
-            np.arange(len(prompt), dtype=np.int32),
-            rollout=-1,
-        )
-        prompt_end = Node(root.chain, len(prompt) - 1)
+        prompt_end = builder.add_prompt(prompt)
         for rollout, trajectory in enumerate(trajectories):
-            if not np.array_equal(trajectory.tokens[: trajectory.prompt_len], prompt):
-                raise ValueError(f"trajectory {rollout} has another prompt than trajectory 0")
             if len(trajectory.tokens) > trajectory.prompt_len:
                 _add_response(builder, prompt_end, trajectory, rollout)
         return builder.flatten()
@@ -155,61 +130,21 @@ def _add_response(
 ) -> None:
     """Hangs the joined response on the prompt, then every later thread on its fork."""
     start = trajectory.prompt_len
-    tokens, kind = trajectory.tokens[start:], _joined_kinds(trajectory)[start:]
+    tokens = trajectory.tokens[start:]
+    kind = text_kinds(trajectory, later_threads=TokenKind.JOINED)[start:]
     source = np.arange(start, len(trajectory.tokens), dtype=np.int32)
     # Responses hang side by side: nothing is shared between rollouts, not even forced prefixes.
     main = builder.add_chain(prompt_end, tokens, kind, source, rollout)
     replaced_source = len(trajectory.tokens)
     for block in trajectory.blocks:
         for ordinal, thread in enumerate(block.threads):
-            replaced = _replaced(thread, replaced_source)
+            replaced = replaced_tokens(thread, replaced_source)
             replaced_source += len(thread.replaced)
             if ordinal == 0:
                 written = replaced
                 anchor = Node(main.chain, thread.sampled_end - 1 - start)
             else:
-                written = _isolated_thread(trajectory.tokens, thread, replaced)
+                written = join_written(isolated_thread(trajectory.tokens, thread), replaced)
                 anchor = Node(main.chain, block.threads[0].start - 1 - start)
-            if len(written[0]):
-                builder.add_chain(anchor, *written, rollout)
-
-
-def _joined_kinds(trajectory: Trajectory) -> Int8[np.ndarray, "len"]:
-    """Kind of every token of the joined text."""
-    kind = np.full(len(trajectory.tokens), TokenKind.SAMPLED, np.int8)
-    kind[: trajectory.response_start] = TokenKind.FORCED
-    kind[: trajectory.prompt_len] = TokenKind.PROMPT
-    for block in trajectory.blocks:
-        kind[block.outlines_end : block.join_end] = TokenKind.FORCED
-        for ordinal, thread in enumerate(block.threads):
-            kind[thread.body : thread.sampled_end] = (
-                TokenKind.SAMPLED if ordinal == 0 else TokenKind.JOINED
-            )
-    return kind
-
-
-_Written = tuple[Int32[np.ndarray, "n"], Int8[np.ndarray, "n"], Int32[np.ndarray, "n"]]
-
-
-def _isolated_thread(
-    tokens: Int32[np.ndarray, "len"], thread: ThreadSpan, replaced: _Written
-) -> _Written:
-    """Header and sampled tokens of a thread as it ran: (tokens, kind, source)."""
-    source = np.arange(thread.start, thread.sampled_end, dtype=np.int32)
-    kind = np.full(len(source), TokenKind.SAMPLED, np.int8)
-    kind[: thread.body - thread.start] = TokenKind.FORCED
-    return (
-        np.concatenate([tokens[thread.start : thread.sampled_end], replaced[0]]),
-        np.concatenate([kind, replaced[1]]),
-        np.concatenate([source, replaced[2]]),
-    )
-
-
-def _replaced(thread: ThreadSpan, source: int) -> _Written:
-    """The sampled tokens that the join replaced: (tokens, kind, source)."""
-    n = len(thread.replaced)
-    return (
-        np.array(thread.replaced, np.int32),
-        np.full(n, TokenKind.SAMPLED, np.int8),
-        np.arange(source, source + n, dtype=np.int32),
-    )
+            if len(written.tokens):
+                builder.add_chain(anchor, written.tokens, written.kind, written.source, rollout)

@@ -8,6 +8,7 @@ All indices are positions in `Trajectory.tokens`; spans are half-open `[start, e
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -33,7 +34,8 @@ class ThreadSpan:
       body: first token after the header that the engine forces.
       sampled_end: one past the last token that the model wrote itself. Smaller than `end` when the
         engine closed the thread (a budget was hit, or the model ended its text).
-      end: one past the closing tag.
+      end: one past the closing tag. What a schema forces behind that tag in the thread's own
+        context (`ForkJoinTokens.thread_tail`) lies between here and the next thread, or the join.
       replaced: tokens the model sampled at `sampled_end` that the join replaced by the thread stop
         (an end-of-text token). They carry loss in training but are not part of the joined text.
     """
@@ -55,8 +57,10 @@ class ParallelBlock:
       outlines_end: one past the closing tag of the outlines, the spawn trigger.
       outlines: the numbered plans, in text order.
       threads: the branches, in join order.
-      join_end: one past the last token that the join forces; the model writes on from here.
-      end: one past the block's closing tag, or `join_end` where the model never closed it.
+      join_end: one past the last token that the join forces; the model writes on from here. Where
+        the rollout ended before its join: one past all that was forced behind the last thread.
+      end: one past the block's closing tag, or `join_end` where the model never closed it or the
+        schema has no such tag.
     """
 
     start: int
@@ -88,3 +92,18 @@ class Trajectory:
     def response_start(self) -> int:
         """Index of the first token the model wrote itself."""
         return self.prompt_len if self.sampled_start is None else self.sampled_start
+
+
+def shared_prompt(trajectories: Sequence[Trajectory]) -> Int32[np.ndarray, "prompt"]:
+    """The prompt of trajectories that share one.
+
+    Raises:
+      ValueError: they do not, or it is empty: nothing could predict the response's first token.
+    """
+    prompt = trajectories[0].tokens[: trajectories[0].prompt_len]
+    if not len(prompt):
+        raise ValueError("a trie needs at least one prompt token to predict the response from")
+    for rollout, trajectory in enumerate(trajectories):
+        if not np.array_equal(trajectory.tokens[: trajectory.prompt_len], prompt):
+            raise ValueError(f"trajectory {rollout} has another prompt than trajectory 0")
+    return prompt

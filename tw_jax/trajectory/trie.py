@@ -12,7 +12,7 @@ class TokenKind(enum.IntEnum):
 
     PROMPT = 0
     SAMPLED = 1  # the model wrote it in this very context
-    JOINED = 2  # copy of a thread's text behind its earlier siblings
+    JOINED = 2  # copy of a thread's text in the context that goes on behind the join
     FORCED = 3  # headers, closers and joins that the engine writes
 
 
@@ -30,7 +30,7 @@ class Trie:
       kind: a `TokenKind` per token.
       source: position in its trajectory's joined tokens that the token was copied from; tokens that
         the join replaced count on from there, in block and thread order.
-      rollout: index of the trajectory that wrote the token; -1 for the shared prompt.
+      rollout: index of the trajectory that the token belongs to; -1 for the shared prompt.
     """
 
     tokens: Int32[np.ndarray, "len"]

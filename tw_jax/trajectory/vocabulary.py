@@ -28,6 +28,17 @@ def control_token_ids(tokenizer: Any, tags: Sequence[str]) -> Int32[np.ndarray, 
     return np.asarray(ids, np.int32)
 
 
+def end_of_text_id(tokenizer: Any) -> int:
+    """Id of the end-of-text token.
+
+    Raises:
+      UserError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token (eos_token)")
+    return int(tokenizer.eos_token_id)
+
+
 def add_control_tokens(
     tokenizer: Any, tags: Sequence[str]
 ) -> tuple[Any, dict[int, tuple[int, ...]]]:

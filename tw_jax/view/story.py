@@ -129,6 +129,7 @@ def before_after_rows(rl: Mapping[str, Any]) -> list[Row]:
     minus_ratio = f"1 {MINUS} critical path / total"
     rows = [
         _share_row(rl, "before", "after", "accuracy", "Accuracy", "style free"),
+        _share_row(rl, "before", "after", "majority_accuracy", "Accuracy", "majority vote"),
         _share_row(rl, "before", "after", "activation_ratio", "Activation ratio", "has a block"),
         _length_row(rl, "critical_path", "Critical path"),
         _length_row(rl, "total_tokens", "Total tokens"),

@@ -1,0 +1,93 @@
+"""Whatever answers a verb's requests; here, a completions server in the engine's place."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tw_jax.data.text import encode_response
+from tw_jax.errors import UserError
+from tw_jax.rollout.client import ClientConfig, RolloutClient
+from tw_jax.rollout.request import Request
+from tw_jax.rollout.rollout import Rollout
+from tw_jax.train.published import tokenizer_in
+from tw_jax.trajectory.schema import Schema
+from tw_jax.trajectory.schemas import make_schema
+
+OnFinish = Callable[[int, Rollout], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+    """What samples rollouts for a verb.
+
+    Attributes:
+      tokenizer: encodes prompts and decodes answers.
+      schema: the language of parallel thought.
+      source: says which model answers, so that rollouts of another are not mistaken for its own.
+      generate: samples requests and hands (index, rollout) over as they finish.
+    """
+
+    tokenizer: Any
+    schema: Schema
+    source: str
+    generate: Callable[[Sequence[Request], OnFinish | None], list[Rollout]]
+
+
+class TokenizerCodec:
+    """`Codec` of a Hugging Face tokenizer: tags that a model wrote become control tokens."""
+
+    def __init__(self, tokenizer: Any, eos_id: int) -> None:
+        """Of the tokenizer of the model that writes."""
+        self._tokenizer, self._eos_id = tokenizer, eos_id
+
+    def encode(self, text: str) -> list[int]:
+        """See `Codec.encode`."""
+        return encode_response(self._tokenizer, text, self._eos_id)[:-1].tolist()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See `Codec.decode`."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
+def remote_answerer(
+    config: ClientConfig,
+    tokenizer: str | None,
+    checkpoint: str,
+    schema_name: str,
+    environment: Mapping[str, str],
+) -> Answerer:
+    """An answerer on a completions server.
+
+    Args:
+      config: the server.
+      tokenizer: folder or hub id of its model's tokenizer; None takes that of `checkpoint`.
+      checkpoint: a run's folder.
+      schema_name: the language of parallel thought that the model speaks.
+      environment: variables, among them the one with the server's key.
+
+    Raises:
+      UserError: no tokenizer, one without the schema's tags, or no key where one is named.
+    """
+    folder = pathlib.Path(checkpoint, "tokenizer") if tokenizer is None else tokenizer
+    if tokenizer is None and not pathlib.Path(folder).is_dir():
+        raise UserError(
+            f"no tokenizer at {folder}: with a server, set tokenizer=FOLDER|HUB_ID to that of its "
+            "model, or checkpoint to a run that has it"
+        )
+    loaded = tokenizer_in(folder)
+    schema = make_schema(schema_name, loaded)
+    api_key = None
+    if config.api_key_env is not None:
+        api_key = environment.get(config.api_key_env)
+        if not api_key:
+            raise UserError(
+                f"server.api_key_env: the environment variable {config.api_key_env} is not set"
+            )
+    codec = TokenizerCodec(loaded, schema.eos_id)
+    client = RolloutClient(config, schema, codec, api_key=api_key)
+
+    def generate(requests: Sequence[Request], on_finish: OnFinish | None) -> list[Rollout]:
+        return client.generate(requests, on_finish=on_finish)
+
+    return Answerer(loaded, schema, f"server model {config.model or config.url}", generate)

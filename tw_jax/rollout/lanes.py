@@ -1,0 +1,215 @@
+"""The two ways in which tokens are fed: chunks of known ones, and one token of every live row."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+from tw_jax.kernels.column_cache import (
+    ColumnCache,
+    attend_chunks,
+    attend_rows,
+    copy_page,
+    in_front,
+    plan_reads,
+    write_tokens,
+)
+from tw_jax.rollout.network import Network, front_rows, row_buckets
+from tw_jax.rollout.pages import grow, release, share
+from tw_jax.rollout.sampling import sample_tokens, token_noise
+from tw_jax.rollout.state import EngineState, Program
+
+
+def assign_pages(program: Program, state: EngineState) -> EngineState:
+    """Gives every row the pages that this step may write."""
+    page_size = program.layout.page_size
+
+    def short(state: EngineState) -> Bool[Array, "rows"]:
+        rows = state.rows
+        end = jnp.minimum(rows.n_known, rows.n_kv + program.prefill_chunk + 1)
+        held = state.pages.held[: program.rows]
+        return rows.live & (rows.source < 0) & (held * page_size < end)
+
+    # The cache takes no part: kept out of the loop, it cannot be copied by it.
+    cache = state.cache
+    state = lax.while_loop(
+        lambda state: short(state).any(),
+        lambda state: replace(state, pages=grow(state.pages, jnp.argmax(short(state)))),
+        replace(state, cache=None),
+    )
+    return replace(state, cache=cache)
+
+
+def release_pages(program: Program, state: EngineState) -> EngineState:
+    """Takes the pages of rows that have ended; who waited to share them goes on by itself."""
+    ended = ~state.rows.live & (state.pages.held[: program.rows] > 0)
+    lines = jnp.pad(ended, (0, program.layout.lines - program.rows))
+    pages = lax.cond(ended.any(), lambda p: release(p, lines), lambda p: p, state.pages)
+    rows = state.rows
+    gone = (rows.source < program.rows) & ~rows.live[jnp.minimum(rows.source, program.rows - 1)]
+    return replace(state, pages=pages, rows=replace(rows, source=jnp.where(gone, -1, rows.source)))
+
+
+def share_line(
+    program: Program,
+    state: EngineState,
+    source: Int32[Array, ""],
+    target: Int32[Array, ""],
+    length: Int32[Array, ""],
+) -> EngineState:
+    """Lets a line that holds nothing begin with `length` positions of another.
+
+    Full pages are shared. A partial last page is copied, since the target will write into it.
+    """
+    full = length // program.layout.page_size
+    partial = length % program.layout.page_size > 0
+    pages = share(state.pages, source, target, full)
+    own = grow(pages, target)
+    pages = jax.tree.map(lambda a, b: jnp.where(partial, a, b), own, pages)
+    column = jnp.where(partial, full, program.layout.columns)
+    at = jnp.minimum(full, program.layout.columns - 1)
+    cache = copy_page(state.cache, column, pages.pages[source, at], pages.pages[target, at])
+    return replace(state, pages=pages, cache=cache)
+
+
+def adopt_prefixes(program: Program, state: EngineState) -> EngineState:
+    """Rows that wait to share the beginning of another line do so when it is there.
+
+    At the beginning of a step, before anything of it is read: a page that is copied later might be
+    written before the last layer is done reading, and XLA would copy the cache to allow that.
+    """
+
+    def ready(state: EngineState) -> Bool[Array, "rows"]:
+        rows = state.rows
+        there = rows.n_kv[jnp.minimum(rows.source, program.rows - 1)]
+        kept = rows.source >= program.rows  # a kept prefix is there already
+        return rows.live & (rows.source >= 0) & (kept | (there >= rows.source_len))
+
+    def adopt(state: EngineState) -> EngineState:
+        row = jnp.argmax(ready(state))
+        source, length = state.rows.source[row], state.rows.source_len[row]
+        state = share_line(program, state, source, row, length)
+        return replace(state, rows=state.rows.put(row, n_kv=length, source=-1))
+
+    return lax.while_loop(lambda state: ready(state).any(), adopt, state)
+
+
+def prefill_lane(program: Program, network: Network, state: EngineState) -> EngineState:
+    """Feeds known tokens in chunks, all but each row's last: that one is the decode lane's."""
+    rows = state.rows
+    pending = jnp.where(rows.live & (rows.source < 0), rows.n_known - 1 - rows.n_kv, 0)
+    if program.deterministic:
+        pending = jnp.where(rows.waiting, 0, pending)
+    size, row = lax.top_k(pending, program.prefill_rows)
+    size = jnp.minimum(size, program.prefill_chunk)
+    table = state.pages.pages[row]
+
+    def feed(cache: ColumnCache, n_kv: Int32[Array, "rows"]):
+        offset = jnp.arange(program.prefill_chunk)[None]
+        positions = n_kv[row][:, None] + offset
+        valid = offset < size[:, None]
+        tokens = state.tokens[state.rows.area[row][:, None], positions]
+        longest = jnp.where(valid, positions + 1, 0).max()
+        places = jnp.broadcast_to(table[:, None], (*positions.shape, table.shape[1]))
+
+        def attend(q, k, v, layer, cache):
+            cache = write_tokens(cache, layer, places, positions, valid, k, v)
+            return attend_chunks(q, cache, layer, table, positions, longest), cache
+
+        _, cache = network.hidden_states(tokens, positions, attend, cache)
+        return cache, n_kv.at[row].add(size)
+
+    def rest(cache: ColumnCache, n_kv: Int32[Array, "rows"]):
+        return cache, n_kv
+
+    with jax.named_scope("prefill_lane"):
+        busy = size.sum() >= program.prefill_min
+        cache, n_kv = lax.cond(busy, feed, rest, state.cache, rows.n_kv)
+    return replace(state, cache=cache, rows=replace(rows, n_kv=n_kv))
+
+
+def decode_lane(
+    program: Program, network: Network, state: EngineState
+) -> tuple[EngineState, Int32[Array, "rows"], Bool[Array, "rows"]]:
+    """Feeds one token per row and samples where the cache has caught up.
+
+    Returns:
+      The state, each row's sampled token, and whether it sampled one.
+    """
+    rows, requests = state.rows, state.requests
+    pending = rows.n_known - 1 - rows.n_kv
+    feeds = rows.live & (rows.source < 0) & (~rows.waiting | (pending > 0))
+    if program.deterministic:  # pending tokens only through the lane, in chunks of its own
+        feeds &= ~rows.waiting & (pending == 0)
+    # Rows that rest keep a position inside the cache; what they compute is dropped.
+    positions = jnp.minimum(rows.n_kv, program.context_len - 1)
+    tokens = state.tokens[rows.area, positions]
+    table = state.pages.pages[: program.rows]
+    lengths = jnp.where(feeds, positions + 1, 0)
+    page_size, same_bits = program.layout.page_size, program.deterministic
+    plan = plan_reads(table, lengths, page_size, same_bits=same_bits)
+    # Another number of rows may round differently.
+    buckets = (program.rows,) if program.deterministic else row_buckets(program.rows)
+    front = front_rows(buckets, feeds)
+
+    def attend(q, k, v, layer, cache):
+        cache = write_tokens(cache, layer, table, positions, feeds, k, v, few_columns=True)
+
+        def read(q, table, positions):
+            part = plan if len(q) == program.rows else in_front(plan)
+            return attend_rows(q, cache, layer, table, positions, part)
+
+        return front.run(read, q, table, positions), cache
+
+    with jax.named_scope("decode_lane"):
+        hidden, cache = network.hidden_states(tokens, positions, attend, state.cache, front.run)
+        logits = front.run(network.logits, hidden)
+
+    sampled = feeds & ~rows.waiting & (pending == 0)
+
+    def noise():
+        return token_noise(requests.key[rows.request], rows.unit, rows.n_known, program.vocab)
+
+    with jax.named_scope("sample"):
+        token, logprob = sample_tokens(
+            logits,
+            noise,
+            requests.sampling.take(rows.request),
+            sampled,
+            lambda: _own_context(program, state),
+        )
+    area = jnp.where(sampled, rows.area, len(state.tokens))
+    return (
+        replace(
+            state,
+            cache=cache,
+            tokens=state.tokens.at[area, rows.n_known].set(token, mode="drop"),
+            logprobs=state.logprobs.at[area, rows.n_known].set(logprob, mode="drop"),
+            rows=replace(
+                rows,
+                n_kv=rows.n_kv + feeds,
+                n_known=rows.n_known + sampled,
+                start_step=jnp.where(
+                    sampled & (rows.n_known == rows.body), state.step, rows.start_step
+                ),
+            ),
+        ),
+        token,
+        sampled,
+    )
+
+
+def _own_context(
+    program: Program, state: EngineState
+) -> tuple[Int32[Array, "rows store"], Int32[Array, "rows"], Int32[Array, "rows"]]:
+    """What each row's unit sees, and from where to where it has sampled itself.
+
+    Threads from the second on see the joined text up to the fork only.
+    """
+    rows = state.rows
+    joined = state.tokens[rows.request * program.max_threads]
+    before_fork = jnp.arange(joined.shape[1])[None] < state.threads.fork_at[rows.request][:, None]
+    inherited = (rows.thread[:, None] > 1) & before_fork
+    return jnp.where(inherited, joined, state.tokens[rows.area]), rows.body, rows.n_known
