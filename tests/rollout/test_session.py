@@ -156,3 +156,20 @@ def test_one_session_at_a_time_and_bad_requests_are_refused(engine):
             session.submit(dataclasses.replace(request(0), timeout_s=-1))
         assert not session.busy
     assert len(engine.generate(params, [request(0)])) == 1
+
+
+@pytest.mark.parametrize("later", ["ab", "cd"])
+def test_a_cancelled_request_is_no_source_of_a_shared_beginning(engine, later):
+    """It ends before its prompt is cached, and its row goes to a request that comes at once."""
+    params = make_model()[1]
+    first, other = (request(i, prompt="<bos>" + "ab" * 40) for i in (1, 2))
+    third = request(3, prompt="<bos>" + later * 40)
+    expected = [tokens(rollout) for rollout in engine.generate(params, [other, third])]
+    with engine.session(params) as session:
+        cancelled, kept = session.submit(first), session.submit(other)
+        session.poll()
+        session.cancel(cancelled)
+        came = session.submit(third)
+        found = finish(session)
+    assert found[cancelled].finish_reason == "cancelled"
+    assert [tokens(found[ticket]) for ticket in (kept, came)] == expected
