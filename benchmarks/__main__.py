@@ -17,6 +17,7 @@ BENCHMARKS = (
     "attention",
     "attention-gpu",
     "paged-attention",
+    "serve",
 )
 AGAINST_PEERS = {"sft": ("tunix",), "rollout": ("tunix", "hf")}
 

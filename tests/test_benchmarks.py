@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import attention
+from benchmarks import attention, serve
 from benchmarks.blocks import Worker, alternate
 from benchmarks.forkjoin import PLOTS
 from benchmarks.rollout import PROMPT_LEN, equal_share, workloads
@@ -145,3 +145,12 @@ def test_the_attention_row_has_the_corpus_shape() -> None:
     close = attention.trie_row(8192, tries=8, aligned=False)[0]
     assert (close[: 8 * fill] > np.arange(8 * fill)).all() and close[fill] == 2 * fill
     assert attention.visible_pairs(row[None]) == attention.visible_pairs(close[None])
+
+
+@pytest.mark.slow
+def test_serving_counts_what_clients_see() -> None:
+    found = serve.run(clients=4, warm_up_s=1, measure_s=4)
+    assert found["errors"] == 0 and found["requests"] >= 4
+    assert found["tokens"] >= found["requests"]
+    assert found["p50_first_token_s"] <= found["p50_latency_s"] <= found["p95_latency_s"]
+    assert found["memory_growth_mb"] < 50

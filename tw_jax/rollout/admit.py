@@ -176,6 +176,8 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
         state,
         tokens=state.tokens.at[area].set(batch.tokens, mode="drop"),
         script=_scripts(program, state, batch),
+        # Only sampled tokens write theirs: given ones must not show those of an earlier request.
+        logprobs=jnp.where(jnp.repeat(arrives, program.max_threads)[:, None], 0, state.logprobs),
         rows=replace(
             rows,
             live=row_field(rows.live, True),

@@ -166,6 +166,8 @@ class Session:
         ending = np.zeros(self._config.requests, np.bool_)
         for slot, waiting in self._running.items():
             ending[slot] = waiting.ticket in tickets
+            if ending[slot]:  # its row is free at once: nobody may wait for its prompt any more
+                self._book.leave(slot)
         if ending.any():
             self.state = self._engine.interrupt(self.state, ending, jnp.int32(reason))
 
