@@ -62,8 +62,8 @@ class PrefixBook:
         return (source, length) if length >= MIN_SHARED_TOKENS else (-1, 0)
 
     def leave(self, slot: int) -> None:
-        """Forgets a request that has finished."""
-        del self._running[slot]
+        """Forgets a request that has ended; one that is not known is no error."""
+        self._running.pop(slot, None)
         self._wanted.pop(slot, None)
 
     def to_keep(self, cached: Int32[np.ndarray, "requests"]) -> list[tuple[int, int, int]]:
