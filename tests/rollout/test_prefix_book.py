@@ -117,6 +117,15 @@ def test_the_least_recently_used_makes_room():
     assert b.admit(4, prompt(30, 32))[0] == REQUESTS + 1
 
 
+def test_a_few_common_tokens_do_not_count_as_use():
+    """All prompts begin alike, with <bos> for one."""
+    b = book()
+    assert keep(b, 10) == [(0, 1, 2)]
+    assert keep(b, 20) == [(1, 1, 2)]
+    b.admit(2, np.append(prompt(10)[: MIN_SHARED_TOKENS - 1], prompt(40)))
+    assert keep(b, 30) == [(0, 1, 2)], "10 is the older one still"
+
+
 @pytest.mark.parametrize("changes", [{"kept_prefixes": 0}, {"deterministic": True}])
 def test_keeps_nothing_where_it_may_not(changes):
     b = book(**changes)

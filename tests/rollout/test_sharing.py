@@ -83,7 +83,8 @@ def test_all_scenarios_behind_one_long_beginning(engine, shared):
 
 def test_shared_pages_count_once(engine):
     set_steps(engine, 2)
-    four = [request(i, prompt=LONG, mode="sequential", max_response_tokens=30) for i in range(4)]
+    sampling = {"max_response_tokens": 30, "logit_bias": ((ID["<eos>"], -math.inf),)}
+    four = [request(i, prompt=LONG, mode="sequential", **sampling) for i in range(4)]
     most = 0
     with engine.session(make_model()[1]) as session:
         assert session.pages_in_use == 0
@@ -217,10 +218,13 @@ def test_kept_prefixes_are_shared_and_make_room(engine, shared):
         rollouts = one_after_another(session, requests)
         held = np.asarray(session.state.pages.held)[-KEPT:].tolist()
         assert session.pages_in_use == sum(held) > 0
-    # Nothing runs beside them, so that only kept prefixes can be shared: each third time, and when
-    # it was not the one to make room.
-    assert [source >= CONFIG.requests for source, _ in shared] == [True] * len(shared)
-    assert len(shared) == 5
+    # Nothing runs beside them: only kept prefixes can be shared. Each is kept when it comes a second
+    # time, or comes again after it had to make room: beginning 1 at turn 9, 0 at turn 12.
+    first, second = CONFIG.requests, CONFIG.requests + 1
+    assert shared == [
+        *[(first, 48), (first, 48), (second, 48)],
+        *[(first, 32), (first, 32), (second, 48), (second, 48)],
+    ]
     expect(engine, rollouts, requests)
 
 
@@ -286,5 +290,6 @@ def test_threads_add_pages_for_their_own_tokens_only(engine, budget):
             session.cancel(ticket)
             finish(session)
         extra.append(most - before)
-    assert extra[0] == extra[1] == extra[2]
-    assert 0 < extra[0] <= k * (text / PAGE + 2)
+    # How far thread 1 is when the others start is a matter of schedule; it may be a page.
+    assert max(extra) - min(extra) <= 1
+    assert 0 < max(extra) <= k * (text / PAGE + 2)
