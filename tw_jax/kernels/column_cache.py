@@ -120,6 +120,10 @@ def write_tokens(
     lines, _, _, page_size = keys[0].shape
     column, offset = positions // page_size, positions % page_size
     k, v = k.astype(keys[0].dtype), v.astype(keys[0].dtype)
+    # Whoever sees a token that is not finite gets NaN through its key. A value would reach those
+    # who do not see it, such as the next owner of the page: 0 * NaN is NaN.
+    finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
+    k, v = jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
     for index in range(len(keys)):
         here = valid & (column == index)
         page = jnp.where(here, table[..., index], lines)

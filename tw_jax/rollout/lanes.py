@@ -49,6 +49,7 @@ def release_pages(program: Program, state: EngineState) -> EngineState:
     pages = lax.cond(ended.any(), lambda p: release(p, lines), lambda p: p, state.pages)
     rows = state.rows
     gone = (rows.source < program.rows) & ~rows.live[jnp.minimum(rows.source, program.rows - 1)]
+    gone |= ~rows.live  # a thread may get this row next, and threads wait for nobody
     return replace(state, pages=pages, rows=replace(rows, source=jnp.where(gone, -1, rows.source)))
 
 

@@ -54,7 +54,8 @@ class PrefixBook:
                 common = _common_len(tokens, prompt)
                 if common > length:
                     source, length, used = self._requests + kept, common, key
-            if used is not None:
+            # What all prompts have in common, such as <bos>, is no use of a prefix.
+            if used is not None and length >= MIN_SHARED_TOKENS:
                 self._kept.move_to_end(used)
             self._want(slot, prompt)
         self._running[slot] = prompt
@@ -62,7 +63,7 @@ class PrefixBook:
         return (source, length) if length >= MIN_SHARED_TOKENS else (-1, 0)
 
     def leave(self, slot: int) -> None:
-        """Forgets a request that has finished; once more does nothing."""
+        """Forgets a request that has ended; one that is not known is no error."""
         self._running.pop(slot, None)
         self._wanted.pop(slot, None)
 

@@ -66,6 +66,9 @@ class Session:
         self._first_step = int(state.step)
         self._spawning = False
         self._book = PrefixBook(engine.program)
+        # The book knows nothing of what the last session kept, perhaps for other parameters.
+        for kept in range(engine.config.kept_prefixes):
+            self.state = engine.keep_prefix(self.state, kept, 0, 0)
 
     # --- what a caller does -----------------------------------------------------------------------
 
@@ -165,9 +168,9 @@ class Session:
             self._ended.append((waiting.ticket, self._unstarted(waiting.request, reason)))
         ending = np.zeros(self._config.requests, np.bool_)
         for slot, waiting in self._running.items():
-            ending[slot] = waiting.ticket in tickets
-            if ending[slot]:  # its row is free at once: nobody may wait for its prompt any more
-                self._book.leave(slot)
+            if waiting.ticket in tickets:
+                ending[slot] = True
+                self._book.leave(slot)  # its row is free at once: nobody may share it any more
         if ending.any():
             self.state = self._engine.interrupt(self.state, ending, jnp.int32(reason))
 

@@ -1,0 +1,60 @@
+"""Thousands of small random requests: each ends once, alone or not, and no page is lost."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.rollout.scenarios import ENGINE
+from tests.rollout.small_world import make_model, make_schema
+from tests.rollout.workloads import check_against_alone, random_workload, run_workload
+from tw_jax.rollout.engine import RolloutEngine
+
+SMALL = dataclasses.replace(
+    ENGINE, context_len=48, rows=3, requests=3, max_threads=2, max_blocks=2, max_logit_bias=0
+)
+CONFIGS = {
+    "pages of 8, kept prefix": dataclasses.replace(SMALL, page_size=8, kept_prefixes=1),
+    "pages of 16, more rows": dataclasses.replace(SMALL, page_size=16, rows=5, kept_prefixes=2),
+    "one page, two rows": dataclasses.replace(
+        SMALL, page_size=48, rows=2, requests=2, prefill_rows=1, prefill_chunk=5
+    ),
+    "deterministic": dataclasses.replace(SMALL, page_size=16, deterministic=True),
+}
+PER_SESSION = 16
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=list(CONFIGS))
+def engine(request):
+    return RolloutEngine(make_model()[0], make_schema(), CONFIGS[request.param])
+
+
+def fuzz(engine, monkeypatch, sessions: int, compared: float, seed: int) -> None:
+    """Random workloads one after another on one engine, whose state goes on."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    params, reasons = make_model()[1], collections.Counter()
+    for number in range(sessions):
+        rng = np.random.default_rng([seed, number])
+        work = random_workload(rng, PER_SESSION, engine.config.context_len)
+        try:
+            found = run_workload(engine, params, work, clock)
+            for ticket, rollout in found.items():
+                reasons[rollout.finish_reason] += 1
+                if rng.random() < compared:
+                    check_against_alone(engine, params, work.requests[ticket], rollout)
+        except Exception as error:
+            error.add_note(f"workload {number} of seed {seed}: {work}")
+            raise
+    assert set(reasons) == {"eos", "length", "context", "cancelled", "deadline"}
+
+
+def test_random_workloads(engine, monkeypatch):
+    fuzz(engine, monkeypatch, sessions=5, compared=0.3, seed=0)
+
+
+@pytest.mark.slow
+def test_many_random_workloads(engine, monkeypatch):
+    """Some 30,000 requests over all sizes of the engine."""
+    fuzz(engine, monkeypatch, sessions=500, compared=0.05, seed=1)
