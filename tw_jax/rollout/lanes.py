@@ -7,15 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from tw_jax.kernels.column_cache import (
-    ColumnCache,
-    attend_chunks,
-    attend_rows,
-    copy_page,
-    in_front,
-    plan_reads,
-    write_tokens,
-)
+from tw_jax.kernels.column_attention import attend_chunks, attend_rows, in_front, plan_reads
+from tw_jax.kernels.column_cache import ColumnCache, copy_page, write_tokens
 from tw_jax.rollout.network import Network, front_rows, row_buckets
 from tw_jax.rollout.pages import grow, release, share
 from tw_jax.rollout.sampling import sample_tokens, token_noise
