@@ -94,9 +94,7 @@ def fill(table, lengths, seed=0, dtype=jnp.float32) -> Filled:
 def dense(q, k, v, position: int) -> np.ndarray:
     """One query over positions 0..position of one line, in float64."""
     q = np.asarray(q, np.float64)
-    k, v = (
-        np.repeat(np.float64(x[: position + 1]), HEADS // KV_HEADS, axis=1) for x in (k, v)
-    )
+    k, v = (np.repeat(np.float64(x[: position + 1]), HEADS // KV_HEADS, axis=1) for x in (k, v))
     scores = np.einsum("hd,khd->hk", q, k) / np.sqrt(DIM)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("hk,khd->hd", weights / weights.sum(axis=-1, keepdims=True), v)
@@ -205,9 +203,7 @@ def test_same_bits_whatever_the_table_and_the_others(row, length):
         positions = np.arange(LENGTH, dtype=np.int32)
         places = np.broadcast_to(table[row], (LENGTH, COLUMNS))
         valid = positions < length
-        cache = write(
-            filled.cache, 1, places, positions, valid, filled.k[1, row], filled.v[1, row]
-        )
+        cache = write(filled.cache, 1, places, positions, valid, filled.k[1, row], filled.v[1, row])
         filled = dataclasses.replace(filled, cache=cache)
         q = queries(seed)
         q[row] = queries(99)[row]
@@ -279,7 +275,9 @@ def test_invalid_tokens_and_positions_beyond_the_line_are_not_written():
     table, invalid = filled.table[:3], np.zeros(3, bool)
     for few in (False, True):
         put = functools.partial(write, filled.cache, 0, table, few_columns=few)
-        assert same(put(np.array([0, 5, LENGTH - 1], np.int32), invalid, garbage, garbage), filled.cache)
+        assert same(
+            put(np.array([0, 5, LENGTH - 1], np.int32), invalid, garbage, garbage), filled.cache
+        )
         beyond = np.array([LENGTH, 10_000, -1], np.int32)
         assert same(put(beyond, ~invalid, garbage, garbage), filled.cache)
         written = put(np.array([0, 5, LENGTH], np.int32), ~invalid, garbage, garbage)
