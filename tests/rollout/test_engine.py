@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.rollout.page_checker import check_idle_pages
 from tests.rollout.scenarios import (
     ENGINE,
     LOOP,
@@ -26,8 +27,16 @@ from tw_jax.rollout.request import Request
 
 
 @pytest.fixture(scope="module")
-def engine():
+def compiled():
     return RolloutEngine(make_model()[0], make_schema(), LOOP)
+
+
+@pytest.fixture
+def engine(compiled):
+    """Every test leaves an engine without any page in use, or none at all after a failure."""
+    yield compiled
+    if compiled.state is not None:
+        check_idle_pages(compiled)
 
 
 def changed_requests():

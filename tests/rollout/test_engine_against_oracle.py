@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.rollout.page_checker import check_idle_pages
 from tests.rollout.scenarios import ENGINE, scenarios
 from tests.rollout.small_world import make_model, make_schema, text_of
 from tw_jax.rollout.engine import RolloutEngine
@@ -27,8 +28,7 @@ def run(request):
     # Another order of admission in each schedule.
     names = np.random.default_rng(len(request.param)).permutation(list(requests)).tolist()
     rollouts = engine.generate(params, [requests[name] for name in names])
-    assert engine.state is not None
-    assert not np.asarray(engine.state.rows.live).any(), "a row leaked"
+    check_idle_pages(engine)
     return requests, expected, dict(zip(names, rollouts, strict=True))
 
 

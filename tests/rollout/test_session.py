@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.rollout.page_checker import check_idle_pages
 from tests.rollout.scenarios import LOOP, plans, request, small_requests
+from tests.rollout.sessions import finish, polled, tokens
 from tests.rollout.small_world import ID, make_model, make_schema
 from tw_jax.errors import UserError
 from tw_jax.rollout.engine import RolloutEngine
@@ -16,20 +18,15 @@ FEW_STEPS = dataclasses.replace(LOOP, steps_per_dispatch=3)
 
 
 @pytest.fixture(scope="module")
-def engine():
+def compiled():
     return RolloutEngine(make_model()[0], make_schema(), FEW_STEPS)
 
 
-def finish(session):
-    """Polls to the end: rollouts by ticket."""
-    found = {}
-    while session.busy:
-        found |= dict(session.poll())
-    return found
-
-
-def tokens(rollout):
-    return rollout.trajectory.tokens.tolist()
+@pytest.fixture
+def engine(compiled):
+    """Every test leaves an engine without any page in use."""
+    yield compiled
+    check_idle_pages(compiled)
 
 
 def test_requests_may_come_while_others_run(engine):
@@ -40,7 +37,7 @@ def test_requests_may_come_while_others_run(engine):
         while coming or session.busy:
             if coming:
                 assert session.submit(coming.pop(0)) == len(requests) - len(coming) - 1
-            found |= dict(session.poll())
+            found |= polled(session)
     assert [tokens(found[ticket]) for ticket in range(12)] == expected
 
 
@@ -53,7 +50,7 @@ def test_live_text_grows_into_the_rollout(engine):
         while session.busy:
             for ticket, text in session.live().items():
                 texts.setdefault(ticket, []).append(text)
-            seen |= dict(session.poll())
+            seen |= polled(session)
     threads_seen = closed_seen = 0
     for ticket, rollout in seen.items():
         trajectory = rollout.trajectory
@@ -97,7 +94,7 @@ def test_a_cancelled_rollout_keeps_what_has_joined(engine, polls):
     with engine.session(params) as session:
         ticket, other = session.submit(asked), session.submit(request(1))
         for _ in range(polls):
-            assert ticket not in dict(session.poll())
+            assert ticket not in polled(session)
         session.cancel(ticket)
         found = finish(session)
     cut = found[ticket]
@@ -108,7 +105,6 @@ def test_a_cancelled_rollout_keeps_what_has_joined(engine, polls):
         assert (unit.kind, unit.block, unit.thread) == (full.kind, full.block, full.thread)
         assert unit.completion.tolist() == full.completion[: len(unit.completion)].tolist()
     assert tokens(found[other]) == tokens(engine.generate(params, [request(1)])[0])
-    assert engine.state is not None and not np.asarray(engine.state.rows.live).any()
 
 
 def test_a_waiting_request_can_be_cancelled(engine):

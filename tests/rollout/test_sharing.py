@@ -106,7 +106,7 @@ LEAVERS = {"source": 0, "first follower": 1, "second follower": 2}
 
 
 def leaving(leaver: int):
-    """A source that spawns, two that follow it, and one that comes late. Free rows go to threads."""
+    """A source that spawns, two that follow it, and a late one; free rows go to threads."""
     asked = [
         request(0, THREE, LONG, max_response_tokens=70),
         request(1, THREE, LONG, max_response_tokens=60),
@@ -218,8 +218,8 @@ def test_kept_prefixes_are_shared_and_make_room(engine, shared):
         rollouts = one_after_another(session, requests)
         held = np.asarray(session.state.pages.held)[-KEPT:].tolist()
         assert session.pages_in_use == sum(held) > 0
-    # Nothing runs beside them: only kept prefixes can be shared. Each is kept when it comes a second
-    # time, or comes again after it had to make room: beginning 1 at turn 9, 0 at turn 12.
+    # Nothing runs beside them, so only kept prefixes are shared. Each is kept when it comes a
+    # second time, or again after it had to make room: beginning 1 at turn 9, 0 at turn 12.
     first, second = CONFIG.requests, CONFIG.requests + 1
     assert shared == [
         *[(first, 48), (first, 48), (second, 48)],
