@@ -68,11 +68,11 @@ class EngineConfig:
       page_size: positions per page of the key/value cache; a page is what rows share. 0 chooses: a
         quarter of the context, at least 64, since each page of a row costs some overhead.
       kept_prefixes: beginnings of prompts, such as system prompts, that stay in the cache when
-        the requests that brought them are gone; least recently used ones make room. Each takes
-        as much memory as a row.
+        the requests that brought them are gone; least recently used ones make room. Whole pages
+        are kept. Each takes as much memory as a row.
       deterministic: make log-probabilities, not only tokens, independent of what else is in the
         batch, to the last bit: known tokens go through the prefill lane only, threads join all at
-        once, and attention always reads the whole context. Slower.
+        once, all rows are computed, and no beginnings of prompts are shared. Slower.
     """
 
     context_len: int = 512
