@@ -197,7 +197,7 @@ def _decode(config: PlanConfig, layout: Layout) -> Program:
         prefill_rows=min(4, config.decode_rows),
         prefill_chunk=min(256, config.context_len),
     )
-    engine = RolloutEngine(graphdef(model), schema, sizes)
+    engine = RolloutEngine(graphdef(model), schema, sizes, layout)
     shapes = abstract_params(model)
     places = layout.param_shardings(param_axes(model), shapes)
     weights = _placed(jax.eval_shape(engine.weights, shapes), _weight_places(model, places))
