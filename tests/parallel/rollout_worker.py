@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 if __name__ == "__main__":
@@ -128,12 +129,21 @@ def cache_copies(engine: RolloutEngine, params: Params) -> list[str]:
     """Copies of the cache or of the token store in the compiled loop, per device."""
     state = engine.state
     assert state is not None
-    text = engine.advance.lower(engine.weights(params), state, 4, 1).compile().as_text()
+    text = engine.advance.lower(engine.weights(params), state, 4, 1).compile().as_text() or ""
     arrays = [*jax.tree.leaves(state.cache), state.tokens]
     shapes = {x.sharding.shard_shape(x.shape) for x in arrays}
     wanted = {",".join(map(str, shape)) for shape in shapes}
     assert all(f"[{shape}]" in text for shape in wanted)
     return [s for s in re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", text) if s in wanted]
+
+
+def refusal(part: Callable[[], Any]) -> str:
+    """What a call is refused for; nothing if it is not."""
+    try:
+        part()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def main(case: str, folder: pathlib.Path) -> None:
@@ -150,7 +160,7 @@ def main(case: str, folder: pathlib.Path) -> None:
 
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if "backend_compile" in event:
             compiled.append(event)
 
@@ -158,13 +168,14 @@ def main(case: str, folder: pathlib.Path) -> None:
     found["second"] = play(engine, params, 1000)
     found["compiled"] = len(compiled)
 
-    found["refusals"] = []
-    asked = request(jax.process_index())
-    for bad in (dataclasses.replace(request(0), timeout_s=1e6), asked):
-        try:
-            engine.generate(params, [bad])
-        except UserError as error:
-            found["refusals"].append(str(error))
+    late = dataclasses.replace(request(0), timeout_s=1e6)
+    differing = request(jax.process_index())
+    found["refusals"] = [
+        refusal(lambda: engine.generate(params, [late])),
+        refusal(lambda: engine.generate(params, [differing])),
+        refusal(lambda: engine_and_params(case, None)[0].generate(params, [])),
+        refusal(lambda: engine_and_params(case, make_layout(ParallelConfig("tensor")))),
+    ]
     found["after"] = as_lists(engine.generate(params, [request(1)])[0])
     if jax.process_count() == 1:
         found["copies"] = cache_copies(engine, params)

@@ -14,6 +14,8 @@ from tests.rollout.scenarios import request
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 WORKER = f"{sys.executable} -m tests.parallel.rollout_worker"
+# The largest share of a layer's matrix that a device holds; routers are not split over `tensor`.
+SHARES = {"fsdp_tensor": 1 / 8, "tensor": 1 / 2, "expert_tensor": 1 / 4}
 LAUNCH = [str(REPOSITORY / "launch/local_multiprocess.sh"), "2", "4"]
 
 pytestmark = pytest.mark.slow
@@ -65,6 +67,12 @@ def check_rollout(ours: dict, theirs: dict) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
+def check_refuses_other_meshes(found: dict) -> None:
+    no_layout, too_many = found["refusals"][2:]
+    assert "make the RolloutEngine with the layout of their mesh" in no_layout
+    assert "2 key/value heads, which do not divide over the 8 devices" in too_many
+
+
 def test_the_scenario_has_all_that_it_should(dense):
     rollouts = dense["first"]["rollouts"]
     assert rollouts[CANCELLED]["finish_reason"] == "cancelled"
@@ -78,9 +86,11 @@ def test_the_scenario_has_all_that_it_should(dense):
 def test_a_mesh_samples_what_one_device_does(case, dense, tmp_path):
     (found,) = run([*WORKER.split(), case], tmp_path)
     check_same(found, dense if case != "expert_tensor" else one_device(case))
-    assert found["weight_share"] == (1 / 2 if case == "tensor" else 1 / 8)
+    assert found["weight_share"] == SHARES[case]
     assert found["copies"] == []
-    assert found["refusals"] == []
+    late, differing = found["refusals"][:2]
+    assert late == differing == ""
+    check_refuses_other_meshes(found)
 
 
 def test_two_processes_sample_what_one_device_does(dense, tmp_path):
@@ -88,7 +98,8 @@ def test_two_processes_sample_what_one_device_does(dense, tmp_path):
     assert len(found) == 2
     for process in found:
         check_same(process, dense)
-        assert process["weight_share"] == 1 / 8
-        late, differing = process["refusals"]
+        assert process["weight_share"] == SHARES["fsdp_tensor"]
+        check_refuses_other_meshes(process)
+        late, differing = process["refusals"][:2]
         assert "clocks of several processes" in late
         assert "different requests or cancellations" in differing

@@ -73,8 +73,9 @@ class Session:
         self._first_step = int(state.step)
         self._spawning = False
         self._book = PrefixBook(engine.program)
-        spans = engine.placement is not None and engine.placement.spans_processes
-        self._agreement = Agreement(engine.placement) if spans else None
+        self._agreement = None
+        if engine.placement is not None and engine.placement.spans_processes:
+            self._agreement = Agreement(engine.placement)
 
     # --- what a caller does -----------------------------------------------------------------------
 
