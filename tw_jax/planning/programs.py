@@ -28,6 +28,7 @@ from tw_jax.planning.config import PlanConfig
 from tw_jax.planning.hlo_cost import RAGGED_DOT
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.network import Weights
+from tw_jax.rollout.placement import engine_placement
 from tw_jax.rollout.state import new_state
 from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.train.objective import ObjectiveConfig
@@ -197,17 +198,13 @@ def _decode(config: PlanConfig, layout: Layout) -> Program:
         prefill_rows=min(4, config.decode_rows),
         prefill_chunk=min(256, config.context_len),
     )
-    engine = RolloutEngine(graphdef(model), schema, sizes)
+    engine = RolloutEngine(graphdef(model), schema, sizes, layout)
     shapes = abstract_params(model)
     places = layout.param_shardings(param_axes(model), shapes)
     weights = _placed(jax.eval_shape(engine.weights, shapes), _weight_places(model, places))
-    state = jax.eval_shape(lambda: new_state(engine.program))
-    everywhere = layout.replicated()
-    places = jax.tree.map(lambda _: everywhere, state)
-    cache = layout.sharding((None, "kv_heads", None, None))
-    places = dataclasses.replace(places, cache=jax.tree.map(lambda _: cache, state.cache))
-    state = _placed(state, places)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    placement = engine_placement(layout, engine.program)
+    state = _placed(jax.eval_shape(lambda: new_state(engine.program)), placement.state)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.everywhere)
     with jax.set_mesh(layout.mesh):
         traced = engine.advance.trace(weights, state, count, count)
     kv = _size(state.cache)

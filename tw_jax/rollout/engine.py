@@ -12,20 +12,22 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.errors import UserError
 from tw_jax.kernels.column_cache import cache_layout
 from tw_jax.models import Params, Qwen3Config, check_positions
+from tw_jax.parallel.layout import Layout, on_mesh
 from tw_jax.rollout.admit import admit, harvest, keep_prefix
 from tw_jax.rollout.advance import advance
 from tw_jax.rollout.interrupt import interrupt_requests
 from tw_jax.rollout.network import Weights, decoding_weights
 from tw_jax.rollout.outlines import outline_alphabet
+from tw_jax.rollout.placement import check_on_one_device, engine_placement, results
 from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
@@ -122,36 +124,52 @@ class EngineConfig:
 class RolloutEngine:
     """Samples rollouts; see the module docstring."""
 
-    def __init__(self, graphdef: nnx.GraphDef, schema: Schema, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        schema: Schema,
+        config: EngineConfig,
+        layout: Layout | None = None,
+    ) -> None:
         """Prepares the jitted programs; nothing is compiled or allocated yet.
 
         Args:
           graphdef: static half of the model, `tw_jax.models.graphdef(model_config)`.
           schema: the language of parallel thought.
           config: sizes.
+          layout: the mesh that the parameters will lie on; None for one device. If it spans several
+            processes, all of them make the engine and use it in the same way: the same requests
+            and cancellations between the same polls. Each of them gets all rollouts.
 
         Raises:
-          UserError: schema, model and sizes do not fit each other.
+          UserError: schema, model, sizes and mesh do not fit each other.
         """
         self.config, self.schema = config, schema
         self._model_config = _model_config(graphdef)
         _check_fit(self._model_config, schema, config)
         self.program = _program(self._model_config, schema, config)
+        self.placement = None if layout is None else engine_placement(layout, self.program)
         self.state: EngineState | None = None
         self._open = False
         program = self.program
+        like_state = results(self.placement, "state")
+        state_and_report = results(self.placement, "state", "everywhere")
 
         def run(weights: Weights, state: EngineState, max_steps, max_finished):
-            model = nnx.merge(graphdef, weights.params)
-            return advance(program, model, weights, state, max_steps, max_finished)
+            with on_mesh(layout):
+                model = nnx.merge(graphdef, weights.params)
+                return advance(program, model, weights, state, max_steps, max_finished)
 
-        self.advance = jax.jit(run, donate_argnums=1)
+        def on_state(part: Callable[..., Any], places: dict[str, Any]):
+            return jax.jit(functools.partial(part, program), donate_argnums=0, **places)
+
+        self.advance = jax.jit(run, donate_argnums=1, **state_and_report)
         self.weights = jax.jit(decoding_weights)
-        self.keep_prefix = jax.jit(functools.partial(keep_prefix, program), donate_argnums=0)
-        self._new_state = jax.jit(functools.partial(new_state, program))
-        self.admit = jax.jit(functools.partial(admit, program), donate_argnums=0)
-        self.harvest = jax.jit(functools.partial(harvest, program), donate_argnums=0)
-        self.interrupt = jax.jit(functools.partial(interrupt_requests, program), donate_argnums=0)
+        self._new_state = jax.jit(functools.partial(new_state, program), **like_state)
+        self.keep_prefix = on_state(keep_prefix, like_state)
+        self.admit = on_state(admit, like_state)
+        self.interrupt = on_state(interrupt_requests, like_state)
+        self.harvest = on_state(harvest, state_and_report)
 
     @contextlib.contextmanager
     def session(self, params: Params, *, max_queue: int | None = None) -> Iterator[Session]:
@@ -165,7 +183,10 @@ class RolloutEngine:
 
         Raises:
           RuntimeError: a session is open already.
+          UserError: the parameters lie on a mesh, the engine was made for one device.
         """
+        if self.placement is None:
+            check_on_one_device(params)
         if self._open:
             raise RuntimeError("the engine has an open session: leave it first")
         # The state is donated to every call: after a failure in between there is none.
@@ -177,10 +198,9 @@ class RolloutEngine:
             # All of it is bound to its devices: what is not would be compiled for once more.
             weights = jax.device_put(weights, places)
             if state is None:
-                place = jax.tree.leaves(places)[0]
-                if isinstance(place, NamedSharding):
-                    place = NamedSharding(place.mesh, PartitionSpec())
-                state = jax.device_put(self._new_state(), place)
+                state = self._new_state()
+                if self.placement is None:
+                    state = jax.device_put(state, jax.tree.leaves(places)[0])
             session = Session(self, weights, state, max_queue)
             yield session
             self.state = None if session.running else session.state
@@ -228,6 +248,11 @@ class RolloutEngine:
           UserError: it cannot; says `name`, the field and the remedy.
         """
         _check_request(name, request, self.config, self._model_config)
+        if request.timeout_s is not None and self.placement and self.placement.spans_processes:
+            raise UserError(
+                f"{name}: timeout_s={request.timeout_s}: the clocks of several processes do not "
+                "agree on when it is over; leave it out, or cancel in all of them"
+            )
         check_script(name, request, self.schema, self.config.scripts)
 
 

@@ -13,10 +13,9 @@ A session belongs to one thread, and an engine has one session at a time.
 import collections
 import dataclasses
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.errors import UserError
@@ -26,6 +25,7 @@ from tw_jax.rollout.assemble import FinishedText, assemble
 from tw_jax.rollout.live_text import LiveText, live_texts
 from tw_jax.rollout.network import Weights
 from tw_jax.rollout.pages import pages_in_use
+from tw_jax.rollout.placement import Agreement
 from tw_jax.rollout.prefix_book import PrefixBook
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
@@ -45,6 +45,13 @@ class _Waiting:
     ticket: int
     request: Request
     deadline_s: float  # on the monotonic clock; infinite without a limit
+
+
+def _content(request: Request) -> tuple[Any, ...]:
+    """What a request asks for, as plain values."""
+    script = None if request.script is None else request.script.tokens.tobytes()
+    known = (request.prompt.tobytes(), request.forced_prefix, script)
+    return (*known, request.seed, request.sampling, request.mode)
 
 
 class Session:
@@ -69,6 +76,9 @@ class Session:
         # The book knows nothing of what the last session kept, perhaps for other parameters.
         for kept in range(engine.config.kept_prefixes):
             self.state = engine.keep_prefix(self.state, kept, 0, 0)
+        self._agreement = None
+        if engine.placement is not None and engine.placement.spans_processes:
+            self._agreement = Agreement(engine.placement)
 
     # --- what a caller does -----------------------------------------------------------------------
 
@@ -89,11 +99,15 @@ class Session:
         timeout_s = request.timeout_s
         deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         self._queue.append(_Waiting(ticket, request, deadline_s))
+        if self._agreement is not None:
+            self._agreement.tell("submit", ticket, *_content(request))
         self._spawning |= request.mode == "parallel" and request.sampling.max_threads > 1
         return ticket
 
     def cancel(self, ticket: int) -> None:
         """Ends a request; the next `poll` returns what it had written. Unknown tickets: nothing."""
+        if self._agreement is not None:
+            self._agreement.tell("cancel", ticket)
         self._end({ticket}, CANCELLED)
 
     def poll(self) -> list[tuple[int, Rollout]]:
@@ -104,7 +118,10 @@ class Session:
 
         Raises:
           RuntimeError: the engine made no progress, which is a bug of ours.
+          UserError: processes that share the engine were given different requests or cancellations.
         """
+        if self._agreement is not None:
+            self._agreement.check()
         now = time.monotonic()
         late = [w for w in (*self._queue, *self._running.values()) if w.deadline_s <= now]
         self._end({waiting.ticket for waiting in late}, DEADLINE)
@@ -133,7 +150,7 @@ class Session:
     @property
     def pages_in_use(self) -> int:
         """Pages of the cache that hold something; shared ones count once. Reads the device."""
-        return int(pages_in_use(self.state.pages))
+        return int(pages_in_use(jax.device_get(self.state.pages)))
 
     @property
     def queued(self) -> int:
@@ -172,7 +189,7 @@ class Session:
                 ending[slot] = True
                 self._book.leave(slot)  # its row is free at once: nobody may share it any more
         if ending.any():
-            self.state = self._engine.interrupt(self.state, ending, jnp.int32(reason))
+            self.state = self._engine.interrupt(self.state, ending, np.int32(reason))
 
     def _unstarted(self, request: Request, reason: int) -> Rollout:
         """The rollout of a request that never ran."""
