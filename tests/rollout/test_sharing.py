@@ -218,8 +218,8 @@ def test_kept_prefixes_are_shared_and_make_room(engine, shared):
         rollouts = one_after_another(session, requests)
         held = np.asarray(session.state.pages.held)[-KEPT:].tolist()
         assert session.pages_in_use == sum(held) > 0
-    # Nothing runs beside them, so only kept prefixes are shared. Each is kept when it comes a second
-    # time, or comes again after it had to make room: beginning 1 at turn 9, 0 at turn 12.
+    # Nothing runs beside them, so only kept prefixes are shared. One is kept when it comes a
+    # second time, or again after it had to make room: beginning 1 at turn 9, 0 at turn 12.
     first, second = CONFIG.requests, CONFIG.requests + 1
     assert shared == [
         *[(first, 48), (first, 48), (second, 48)],
