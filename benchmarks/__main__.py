@@ -6,19 +6,20 @@ import json
 import pathlib
 import sys
 
-from benchmarks.peers import PEERS
-
 BENCHMARKS = (
     "trie",
     "train",
     "sft",
+    "rollout",
+    "forkjoin",
     "parity",
     "checkpoint-io",
     "attention",
     "attention-gpu",
     "paged-attention",
+    "serve",
 )
-AGAINST_PEERS = ("sft",)
+AGAINST_PEERS = {"sft": ("tunix",), "rollout": ("tunix", "hf")}
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
         benchmark = names.add_parser(name)
         benchmark.add_argument("--json", metavar="FILE", help="write the JSON here too")
         if name in AGAINST_PEERS:
-            benchmark.add_argument("--peer", choices=PEERS, default="tunix", help="against which")
+            benchmark.add_argument("--peer", choices=AGAINST_PEERS[name], default="tunix")
     arguments = vars(parser.parse_args())
     module = f"benchmarks.{arguments.pop('name').replace('-', '_')}"
     file = arguments.pop("json")

@@ -8,14 +8,23 @@ speedup_vs_dense: a row of eight packed tries, 8,192 tokens, against a dense boo
 speedup_causal: one causal row of 2,048 tokens, against the fastest of an einsum and
     `jax.nn.dot_product_attention` with a mask or `is_causal`.
 speedup_trie: one trie of 4,096 tokens against the dense mask.
-skip_overhead: time over what fewer live tiles should take, the worst of several trees in a row.
+skip_overhead: time over what fewer live tiles should take, the worst of rows of 2 to 32 trees, down
+    to a sixteenth of the causal row's tiles.
 tile_waste: area of the live tiles of 128 over visible pairs, the row of eight tries.
+tile_waste_unaligned: the same tries right behind one another, not each at a multiple of a tile.
+live_share: area of the live tiles of 128 over the row's square, the row of eight tries.
 temp_memory_ratio, temp_memory_growth: temporary memory over the dense path's at 8,192 tokens; its
     growth when the row doubles.
+
+The row of eight tries: ThreadWeaver tries of the shape that the published public corpus has
+(`PARALLEL_RATIO` of the text's tokens in threads, two to three threads per block, four blocks), one
+per 1,024 tokens, each beginning at a multiple of that, where `pack_rows` would put it too. The
+published texts are some sixteen times as long; longer tries waste less.
 
 Times are medians of runs that take turns, so that other load hits all alike.
 """
 
+import bisect
 import functools
 import statistics
 import time
@@ -35,7 +44,8 @@ from tw_jax.trajectory.trajectory import Trajectory
 
 HEADS, KV_HEADS, DIM = 8, 4, 64
 LONG, TRIE, CAUSAL = 8192, 4096, 2048
-TREES = (2, 4, 8, 12)
+TREES = (2, 4, 8, 12, 24, 32)
+THREADS, PARALLEL_RATIO = (2, 3, 2, 3), 0.583
 
 
 def run() -> dict[str, Any]:
@@ -53,9 +63,10 @@ def run() -> dict[str, Any]:
     result["speedup_causal"], result["causal_s"] = _compare(causal, peers, repeats=9)
     result["speedup_trie"], result["trie_s"] = _compare(trie, (_masked,), repeats=5)
     result |= _skipping()
-    plan = plan_tiles(packed, q_tile=128, k_tile=128)
-    index = np.arange(LONG)
-    result["tile_waste"] = float(int(plan.count) * 128**2 / (packed[0] - index).sum())
+    result["tile_waste"] = live_area(packed) / visible_pairs(packed)
+    unaligned = trie_row(LONG, tries=8, aligned=False)
+    result["tile_waste_unaligned"] = live_area(unaligned) / visible_pairs(unaligned)
+    result["live_share"] = live_area(packed) / LONG**2
     short, long = (_temporary(_tree, n) for n in (LONG // 2, LONG))
     result["temp_memory_ratio"] = long / _temporary(_masked, LONG)
     result["temp_memory_growth"] = long / short
@@ -65,30 +76,72 @@ def run() -> dict[str, Any]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def trie_row(row_len: int, tries: int, blocks: int = 2, threads: int = 4) -> np.ndarray:
-    """`visible_end` `[1, row_len]` of ThreadWeaver tries, the remainder padding."""
+def trie_row(row_len: int, tries: int, *, aligned: bool = True) -> np.ndarray:
+    """`visible_end` `[1, row_len]` of equal tries (`corpus_trie`); what remains is padding.
+
+    Args:
+      row_len: tokens of the row.
+      tries: how many; each takes almost `row_len // tries` tokens.
+      aligned: begin at multiples of `row_len // tries`; else right behind one another.
+    """
+    space = row_len // tries
+    trie = corpus_trie(space - 1)  # not all of it: the next one would begin at the multiple anyway
+    visible_end = np.arange(1, row_len + 1, dtype=np.int32)
+    for start in np.arange(tries) * (space if aligned else len(trie)):
+        visible_end[start : start + len(trie)] = trie + start
+    return visible_end[None]
+
+
+def corpus_trie(most: int) -> np.ndarray:
+    """`visible_end` of a ThreadWeaver trie of the public corpus's shape, of at most `most` tokens.
+
+    `THREADS` are the blocks; `PARALLEL_RATIO` of the text's tokens lie in threads, tags included;
+    the rest is a prompt, outlines, and equal stretches before each block and at the end.
+    """
+    texts = range(most // 2, most)
+    # Looks for the first that is too long: the one before was found to fit.
+    too_long = bisect.bisect_right(texts, most, key=lambda text_len: len(trie_of_text(text_len)[1]))
+    return trie_of_text(texts[too_long - 1])[1]
+
+
+def trie_of_text(text_len: int) -> tuple[Trajectory, np.ndarray]:
+    """The trajectory of about `text_len` tokens, and `visible_end` of its trie."""
+
+    def parsed(body_len: int, stretch_len: int) -> Trajectory:
+        text = "question"
+        for threads in THREADS:
+            numbers = range(1, threads + 1)
+            outlines = "".join(f"<Outline>{i}: plan</Outline>\n" for i in numbers)
+            bodies = "".join(f"<Thread>\n{i}: {'x' * body_len}\n</Thread>" for i in numbers)
+            text += "s" * stretch_len
+            text += f"<Parallel>\n<Outlines>\n{outlines}</Outlines>\n{bodies}\n</Parallel>\n"
+        ids = tokenizer(text + "s" * stretch_len, add_special_tokens=False).input_ids
+        trajectory = schema.parse(np.asarray(ids, np.int32), len("question"))
+        assert isinstance(trajectory, Trajectory)
+        return trajectory
+
     tokenizer = load_tokenizer()
     schema = make_schema("threadweaver", tokenizer)
+    tags = thread_tokens(parsed(1, 0)) - sum(THREADS)
+    body_len = round((PARALLEL_RATIO * text_len - tags) / sum(THREADS))
+    stretch_len = (text_len - len(parsed(body_len, 0).tokens)) // (len(THREADS) + 1)
+    trajectory = parsed(body_len, stretch_len)
+    return trajectory, schema.forest([trajectory]).visible_end
 
-    def one(body_len: int) -> np.ndarray:
-        outlines = "".join(f"<Outline>{i}: plan</Outline>\n" for i in range(1, threads + 1))
-        bodies = "".join(
-            f"<Thread>\n{i}: {'x' * body_len}\n</Thread>" for i in range(1, threads + 1)
-        )
-        block = f"<Parallel>\n<Outlines>\n{outlines}</Outlines>\n{bodies}\n</Parallel>\n"
-        ids = tokenizer("question" + block * blocks, add_special_tokens=False).input_ids
-        trajectory = schema.parse(np.asarray(ids, np.int32), 8)
-        assert isinstance(trajectory, Trajectory)
-        return schema.forest([trajectory]).visible_end
 
-    wanted = row_len // tries
-    # Each character of a body is there once in the text and, but for the first thread, once more.
-    copies = blocks * (2 * threads - 1)
-    end = one((wanted - len(one(0))) // copies)
-    starts = np.arange(tries) * len(end)
-    visible_end = np.arange(1, row_len + 1, dtype=np.int32)
-    visible_end[: tries * len(end)] = np.concatenate([end + start for start in starts])
-    return visible_end[None]
+def thread_tokens(trajectory: Trajectory) -> int:
+    """Tokens in threads, tags included."""
+    return sum(t.end - t.start for block in trajectory.blocks for t in block.threads)
+
+
+def live_area(visible_end: np.ndarray, tile: int = 128) -> float:
+    """Pairs in the live tiles of a row."""
+    return float(int(plan_tiles(visible_end, q_tile=tile, k_tile=tile).count) * tile**2)
+
+
+def visible_pairs(visible_end: np.ndarray) -> float:
+    """Pairs of a query and a key that it sees, nothing hidden."""
+    return float((visible_end - np.arange(visible_end.shape[1])).sum())
 
 
 def mask_bytes(row_len: int) -> int:
@@ -180,8 +233,18 @@ def _skipping() -> dict[str, Any]:
     for trees in (1, *TREES):
         tree = np.minimum(np.arange(LONG) // -(-LONG // trees) + 1, trees) * -(-LONG // trees)
         rows.append(np.minimum(tree, LONG).astype(np.int32)[None])
-    seconds = _in_turns([functools.partial(step, *inputs, end) for end in rows], repeats=5)
     tiles = [int(plan_tiles(end).count) for end in rows]
+    # Short rows run several times in their turn: load on the machine hits equally long turns alike.
+    times = [max(1, round(tiles[0] / n)) for n in tiles]
+
+    def turn(end: np.ndarray, count: int) -> Any:
+        for _ in range(count - 1):
+            jax.block_until_ready(step(*inputs, end))
+        return step(*inputs, end)
+
+    calls = [functools.partial(turn, end, n) for end, n in zip(rows, times, strict=True)]
+    turns = _in_turns(calls, repeats=3)
+    seconds = [s / n for s, n in zip(turns, times, strict=True)]
     overhead = [
         (s / seconds[0]) / (n / tiles[0]) for s, n in zip(seconds[1:], tiles[1:], strict=True)
     ]

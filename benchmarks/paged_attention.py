@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tw_jax.kernels import column_cache, page_pool
+from tw_jax.kernels import column_attention, column_cache, page_pool
 from tw_jax.kernels.paged_attention import paged_attention
 
 LAYERS, HEADS, KV_HEADS, DIM, PAGE_SIZE = 3, 4, 2, 32, 16
@@ -31,14 +31,14 @@ def column_steps(cache, q, kv_lens):
 
     def step(_, state):
         cache, q, kv_lens = state
-        plan = column_cache.plan_reads(table, kv_lens + 1, page_size)
+        plan = column_attention.plan_reads(table, kv_lens + 1, page_size)
         for layer in range(LAYERS):
             k, v = q[:, :KV_HEADS], q[:, KV_HEADS:]
             valid = kv_lens >= 0
             cache = column_cache.write_tokens(
                 cache, layer, table, kv_lens, valid, k, v, few_columns=True
             )
-            q = column_cache.attend_rows(q, cache, layer, table, kv_lens, plan)
+            q = column_attention.attend_rows(q, cache, layer, table, kv_lens, plan)
         return cache, q, kv_lens + 1
 
     return jax.lax.fori_loop(0, STEPS, step, (cache, q, kv_lens))

@@ -17,24 +17,13 @@ import numpy as np
 
 from benchmarks.blocks import Worker, alternate, summary
 from benchmarks.peers import peer_python
-from tw_jax.models import init_params, preset
+from benchmarks.shapes import TINY
+from tw_jax.models import init_params
 from tw_jax.models.export_weights import export_model
 from tw_jax.tasks.character_tokenizer import load_tokenizer
 
 ROWS, ROW_LEN = 8, 512
 WARM_UP, BLOCKS, STEPS = 4, 24, 2  # the peer compiles its step twice
-CONFIG = preset(
-    "tiny",
-    vocab_size=512,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-    rope_theta=1_000_000.0,
-    tie_word_embeddings=True,
-)
 OPTIMIZER = {
     "learning_rate": 1e-3,
     "schedule": "constant",
@@ -50,11 +39,11 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1
 def prepare(folder: pathlib.Path) -> None:
     """Weights as published, token ids that are no control tokens, and settings."""
     tokenizer = load_tokenizer()
-    export_model(folder / "weights", init_params(CONFIG, 0), CONFIG, tokenizer)
+    export_model(folder / "weights", init_params(TINY, 0), TINY, tokenizer)
     rng = np.random.default_rng(0)
     shape = (WARM_UP + BLOCKS * STEPS, ROWS, ROW_LEN)
-    np.save(folder / "tokens.npy", rng.integers(len(tokenizer), CONFIG.vocab_size, shape, np.int32))
-    (folder / "shape.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
+    np.save(folder / "tokens.npy", rng.integers(len(tokenizer), TINY.vocab_size, shape, np.int32))
+    (folder / "shape.json").write_text(json.dumps(dataclasses.asdict(TINY)))
     (folder / "optimizer.json").write_text(json.dumps(OPTIMIZER))
 
 

@@ -1,6 +1,7 @@
 """Random forests in preorder, as packed rows hold them, for property-based tests."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 from hypothesis import strategies as st
@@ -48,6 +49,56 @@ def forest_row(segments: list[tuple[int, int]], row_len: int) -> tuple[np.ndarra
             visible_end[path] = index + 1
             index += 1
     return parent, visible_end, depth
+
+
+def side_by_side(*visible_ends: np.ndarray) -> np.ndarray:
+    """`visible_end` of one row that holds these pieces one after another."""
+    starts = np.cumsum([0, *(len(end) for end in visible_ends)])
+    return np.concatenate(
+        [end + start for end, start in zip(visible_ends, starts[:-1], strict=True)]
+    ).astype(np.int32)
+
+
+NativePart = int | tuple[list["NativePart"], ...]
+
+
+def native_row(parts: list[NativePart], depth: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+    """One sequence with native blocks: sibling threads hidden from each other until the join.
+
+    Args:
+      parts: an int is that many tokens in sequence, a tuple a block of threads, each a list of
+        parts again.
+      depth: intervals per token; at least the nesting depth of the blocks.
+
+    Returns:
+      `hidden_start` and `hidden_end`, int32 `[depth, len]`, and for every token its thread in each
+      block that it lies in, by the block's number. Everything else is causal.
+    """
+    where: list[dict[int, int]] = []
+    intervals: list[list[tuple[int, int]]] = []
+    numbers = itertools.count()
+
+    def lay(parts: list[NativePart], inside: dict[int, int]) -> None:
+        for part in parts:
+            if isinstance(part, int):
+                where.extend([inside] * part)
+                intervals.extend([] for _ in range(part))
+                continue
+            block, first, ends = next(numbers), len(where), []
+            for thread, body in enumerate(part):
+                lay(body, {**inside, block: thread})
+                ends.append(len(where))
+            for token in range(first, len(where)):
+                own_end = ends[where[token][block]]
+                if own_end < len(where):
+                    intervals[token].append((own_end, len(where)))
+
+    lay(parts, {})
+    hidden = np.zeros((2, depth, len(where)), np.int32)
+    for token, found in enumerate(intervals):
+        for level, interval in enumerate(found):
+            hidden[:, level, token] = interval
+    return hidden[0], hidden[1], where
 
 
 @st.composite

@@ -73,6 +73,14 @@ VERBS = {
         "measure accuracy, latency and speedup",
         folder_key="checkpoint",
     ),
+    "serve": Verb(
+        "tw_jax.serve.command",
+        "ServeConfig",
+        "run_serve",
+        "answer OpenAI's clients over HTTP, threads streamed as they are written",
+        folder_key="model",
+        folder_name="folder of a run or of weights, hub id or URL",
+    ),
     "view": Verb(
         "tw_jax.view.browse",
         "ViewConfig",

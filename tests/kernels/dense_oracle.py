@@ -16,9 +16,10 @@ def dense_mask(visible_end, hidden=None):
 
 
 def dense_attention(q, k, v, visible_end, hidden=None):
-    """Softmax attention under `dense_mask`, in float32."""
+    """Softmax attention under `dense_mask`, in float32, or float64 where the inputs are that."""
     group = q.shape[2] // k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    score = jnp.einsum("rqhd,rkhd->rhqk", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    score = jnp.einsum("rqhd,rkhd->rhqk", q, k).astype(wide) * q.shape[-1] ** -0.5
     score = jnp.where(dense_mask(visible_end, hidden)[:, None], score, -jnp.inf)
     return jnp.einsum("rhqk,rkhd->rqhd", jax.nn.softmax(score, axis=-1), v)

@@ -11,15 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tw_jax.kernels.column_attention import attend_chunks, attend_rows, in_front, plan_reads
 from tw_jax.kernels.column_cache import (
     ColumnCache,
-    attend_chunks,
-    attend_rows,
     cache_layout,
     copy_page,
     empty_cache,
-    in_front,
-    plan_reads,
     write_tokens,
 )
 

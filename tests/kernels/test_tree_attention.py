@@ -17,13 +17,20 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 RELATIVE_ERROR = 1e-5
 
 
-def random_inputs(rows=ROWS, row_len=ROW_LEN, seed=0, dtype=jnp.float32):
+def random_inputs(
+    rows=ROWS,
+    row_len=ROW_LEN,
+    seed=0,
+    dtype=jnp.float32,
+    heads=HEADS,
+    kv_heads=KV_HEADS,
+    dim=DIM,
+):
     """q, k, v, and a random cotangent of the output."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
     return [
-        jax.random.normal(key, (rows, row_len, count, DIM), dtype)
-        for key, count in zip(keys, heads, strict=True)
+        jax.random.normal(key, (rows, row_len, count, dim), dtype)
+        for key, count in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
     ]
 
 
@@ -34,7 +41,7 @@ def close(actual, expected, relative_error=RELATIVE_ERROR):
     as the other gradients, so it is compared to a tenth of the largest entry of all.
     """
     pairs = [
-        (np.asarray(a, np.float32), np.asarray(b, np.float32))
+        (np.asarray(a, np.float64), np.asarray(b, np.float64))
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     ]
     largest = max(np.abs(b).max() for _, b in pairs)

@@ -91,5 +91,5 @@ def test_every_line_can_grow_to_the_end():
             table = grow_(table, np.int32(line))
     assert (np.asarray(table.references)[1:] == 1).all()
     # The page of line 0 is still that of the others.
-    assert table.pages[:, 0].tolist() == [1, 0, 0, 0]
-    assert table.references[0].tolist() == [3, 1, 0, 0]
+    assert table.pages[:, 0].tolist() == [3, 0, 0, 0]
+    assert table.references[0].tolist() == [3, 0, 0, 1]

@@ -11,6 +11,7 @@ from tests.rollout.sessions import finish, polled, tokens
 from tests.rollout.small_world import ID, make_model, make_schema
 from tw_jax.errors import UserError
 from tw_jax.rollout.engine import RolloutEngine
+from tw_jax.rollout.live_text import finished_text
 from tw_jax.rollout.session import QueueFullError
 
 FEW_STEPS = dataclasses.replace(LOOP, steps_per_dispatch=3)
@@ -50,7 +51,7 @@ def test_live_text_grows_into_the_rollout(engine):
             for ticket, text in session.live().items():
                 texts.setdefault(ticket, []).append(text)
             seen |= polled(session)
-    threads_seen = 0
+    threads_seen = closed_seen = 0
     for ticket, rollout in seen.items():
         trajectory = rollout.trajectory
         written = {(u.block, u.thread): u for u in rollout.units if u.kind == "thread"}
@@ -59,10 +60,18 @@ def test_live_text_grows_into_the_rollout(engine):
             assert text.prompt_len == trajectory.prompt_len
             assert text.tokens.tolist() == trajectory.tokens[:n].tolist()
             assert before is None or len(before.tokens) <= n
+            drawn = np.zeros(n, bool)
             for unit in rollout.units:
+                drawn[unit.start : unit.start + len(unit.logprobs)] = True
                 done = max(0, min(n, unit.start + len(unit.logprobs)) - unit.start)
                 got = text.logprobs[unit.start : unit.start + done]
                 np.testing.assert_array_equal(got, unit.logprobs[:done])
+            assert not text.logprobs[~drawn].any()  # those of given tokens are 0
+            end = finished_text(rollout)
+            for threads, last in zip(text.closed, end.closed, strict=False):
+                assert [t.tokens.tolist() for t in threads] == [t.tokens.tolist() for t in last]
+                assert [t.header_len for t in threads] == [t.header_len for t in last]
+                closed_seen += len(threads)
             for thread in text.threads:
                 unit = written.get((text.block, thread.ordinal))
                 if unit is None:  # it did not make it into the result
@@ -74,7 +83,7 @@ def test_live_text_grows_into_the_rollout(engine):
                 assert len(sampled) == n if thread.ended and not cut else cut or len(sampled) <= n
                 assert sampled[:n] == unit.completion[: len(sampled)].tolist()
                 assert thread.tokens[0] == ID["<Thread>"]
-    assert threads_seen > 10
+    assert threads_seen > 10 and closed_seen > 10
 
 
 @pytest.mark.parametrize("polls", range(0, 10))
@@ -143,3 +152,20 @@ def test_one_session_at_a_time_and_bad_requests_are_refused(engine):
             session.submit(dataclasses.replace(request(0), timeout_s=-1))
         assert not session.busy
     assert len(engine.generate(params, [request(0)])) == 1
+
+
+@pytest.mark.parametrize("later", ["ab", "cd"])
+def test_a_cancelled_request_is_no_source_of_a_shared_beginning(engine, later):
+    """It ends before its prompt is cached, and its row goes to a request that comes at once."""
+    params = make_model()[1]
+    first, other = (request(i, prompt="<bos>" + "ab" * 40) for i in (1, 2))
+    third = request(3, prompt="<bos>" + later * 40)
+    expected = [tokens(rollout) for rollout in engine.generate(params, [other, third])]
+    with engine.session(params) as session:
+        cancelled, kept = session.submit(first), session.submit(other)
+        session.poll()
+        session.cancel(cancelled)
+        came = session.submit(third)
+        found = finish(session)
+    assert found[cancelled].finish_reason == "cancelled"
+    assert [tokens(found[ticket]) for ticket in (kept, came)] == expected

@@ -10,7 +10,7 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """Several tries laid one after another in fixed-length rows; rows are independent.
+    """Tries in fixed-length rows, padding between and behind them; rows are independent.
 
     Every field has shape `[rows, row_len]`, except the hidden intervals
     `[depth, rows, row_len]` (`depth` is the static nesting depth; 0 where a schema hides nothing).

@@ -46,7 +46,8 @@ def tree_attention(
     Key j is visible to the queries `j <= i < visible_end[j]`, except
     `hidden_start[d, j] <= i < hidden_end[d, j]` for any d. A causal row is
     `visible_end[j] = len`. Work and memory are proportional to the tiles that hold a visible pair;
-    no array of size len x len exists. The softmax is float32 whatever the inputs are.
+    no array of size len x len exists. The softmax is float32 for inputs of 32 bits or fewer; for
+    float64 inputs it is float64 with `xla`.
 
     Args:
       q: queries, already normed and rotated; as many as keys, or the part of them that `plan` was

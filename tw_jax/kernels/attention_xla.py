@@ -8,11 +8,14 @@ updated in place, one tile per trip.
 Layout inside: head-major tiles, `[blocks, kv_heads, group * q_tile, dim]` for queries (the query
 heads of one key head folded into the rows of one matrix) and `[blocks, kv_heads, k_tile, dim]` for
 keys, so that a tile is one contiguous slice and every product is a batched matrix product.
+
+Softmax, sums and accumulators are float32 for inputs of 32 bits or fewer, and float64 for float64
+inputs, so that gradients can be checked against finite differences.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from tw_jax.kernels.residuals import attention_residuals
 from tw_jax.kernels.tile_plan import Hidden, TilePlan, pad_tokens
@@ -64,10 +67,16 @@ def _with_block(array: Array, index: Int32[Array, ""], block: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(array, block, index, 0, allow_negative_indices=False)
 
 
+def _in_row(block: Int32[Array, ""], blocks_per_row: int) -> Int32[Array, ""]:
+    """Number within its row of a block that is numbered through the batch."""
+    # A plain int would be int64 wherever float64 is on, and `rem` mixes no types.
+    return jax.lax.rem(block, jnp.int32(blocks_per_row))
+
+
 def _tile_mask(end, bounds, plan: TilePlan, q_block, k_block, group: int) -> Bool[Array, "1 gq k"]:
     """Visible pairs of one tile, repeated for the query heads that share a key head."""
-    q_first = plan.q_start + jax.lax.rem(q_block, plan.q_len // plan.q_tile) * plan.q_tile
-    k_first = jax.lax.rem(k_block, plan.padded_len // plan.k_tile) * plan.k_tile
+    q_first = plan.q_start + _in_row(q_block, plan.q_len // plan.q_tile) * plan.q_tile
+    k_first = _in_row(k_block, plan.padded_len // plan.k_tile) * plan.k_tile
     query = q_first + jnp.arange(plan.q_tile, dtype=jnp.int32)[:, None]
     key = k_first + jnp.arange(plan.k_tile, dtype=jnp.int32)[None, :]
     visible = (key <= query) & (query < _block(end, k_block)[None, :])
@@ -77,15 +86,20 @@ def _tile_mask(end, bounds, plan: TilePlan, q_block, k_block, group: int) -> Boo
     return jnp.tile(visible, (group, 1))[None]
 
 
+def _wide(x: Array) -> jnp.dtype:
+    """The dtype of softmax and sums for inputs like `x`."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _dot(a: Float[Array, "heads m inner"], b: Float[Array, "heads n inner"]):
-    """`a @ b^T` per head, in float32."""
-    return jnp.einsum("hmi,hni->hmn", a, b, preferred_element_type=jnp.float32)
+    """`a @ b^T` per head, wide."""
+    return jnp.einsum("hmi,hni->hmn", a, b, preferred_element_type=_wide(b))
 
 
-def _mix(weights: Float32[Array, "heads m n"], values: Float[Array, "heads n dim"]):
-    """`weights @ values` per head; weights are rounded to the dtype of the values."""
+def _mix(weights: Float[Array, "heads m n"], values: Float[Array, "heads n dim"]):
+    """`weights @ values` per head, wide; weights are rounded to the dtype of the values."""
     weights = weights.astype(values.dtype)
-    return jnp.einsum("hmn,hnd->hmd", weights, values, preferred_element_type=jnp.float32)
+    return jnp.einsum("hmn,hnd->hmd", weights, values, preferred_element_type=_wide(values))
 
 
 @jax.custom_vjp
@@ -113,7 +127,7 @@ def _forward(q, k, v, end, bounds, plan: TilePlan):
         return tuple(_with_block(array, i, new) for array, new in zip(state, updated, strict=True))
 
     with jax.named_scope("tree_attention_forward"):
-        acc = jnp.zeros_like(q, jnp.float32)
+        acc = jnp.zeros_like(q, _wide(q))
         total = acc[..., 0]
         state = (total + _MASKED, total, acc)
         peak, total, acc = jax.lax.fori_loop(0, plan.count, visit, state)
@@ -148,8 +162,8 @@ def _attend_bwd(saved, d_out):
 
     with jax.named_scope("tree_attention_backward"):
         # sum_j weight_ij * d_weight_ij, the part of the softmax gradient shared by a query's keys.
-        mean_grad = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
-        grads = tuple(jnp.zeros_like(x, jnp.float32) for x in (q, k, v))
+        mean_grad = (out.astype(_wide(out)) * d_out.astype(_wide(d_out))).sum(-1)
+        grads = tuple(jnp.zeros_like(x, _wide(x)) for x in (q, k, v))
         dq, dk, dv = jax.lax.fori_loop(0, plan.count, visit, grads)
     # Integers have no gradient.
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None

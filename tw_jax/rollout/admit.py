@@ -18,7 +18,7 @@ from tw_jax.rollout.pages import release, share
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.sampling_table import SamplingTable, sampling_table
-from tw_jax.rollout.spawn_join import open_blocks
+from tw_jax.rollout.spawn import open_blocks
 from tw_jax.rollout.state import (
     CONTEXT,
     FINISHED,
@@ -53,6 +53,7 @@ class Admission:
       max_thread_tokens: see `Requests`.
       max_blocks: see `Requests`.
       sampling: see `Requests`.
+      script: see `script_areas`; empty without `EngineConfig.scripts`.
     """
 
     arrives: Bool[Array, "requests"]
@@ -70,6 +71,7 @@ class Admission:
     max_thread_tokens: Int32[Array, "requests"]
     max_blocks: Int32[Array, "requests"]
     sampling: SamplingTable
+    script: Int32[Array, "requests threads store"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Arrival:
       request: what it asks for.
       source: see `Admission`.
       source_len: see `Admission`.
+      script: `script_areas`, where the engine has room for scripts.
     """
 
     slot: int
@@ -89,6 +92,7 @@ class Arrival:
     request: Request
     source: int = -1
     source_len: int = 0
+    script: Int32[np.ndarray, "threads store"] | None = None
 
 
 def admission(program: Program, arrivals: Sequence[Arrival]) -> Admission:
@@ -105,12 +109,15 @@ def admission(program: Program, arrivals: Sequence[Arrival]) -> Admission:
             program.vocab,
             program.max_logit_bias,
         ),
+        "script": np.zeros((n * program.scripts, program.max_threads, program.store_len), np.int32),
     }
     for field in dataclasses.fields(Admission):
         fields.setdefault(field.name, np.zeros(n, np.int32))
     for arrival in arrivals:
         for name, value in _asked(program, arrival).items():
             fields[name][arrival.slot] = value
+        if program.scripts:
+            fields["script"][arrival.slot] = arrival.script
     return Admission(**cast(dict[str, Any], fields))
 
 
@@ -168,6 +175,9 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
     state = replace(
         state,
         tokens=state.tokens.at[area].set(batch.tokens, mode="drop"),
+        script=_scripts(program, state, batch),
+        # Only sampled tokens write theirs: given ones must not show those of an earlier request.
+        logprobs=jnp.where(jnp.repeat(arrives, program.max_threads)[:, None], 0, state.logprobs),
         rows=replace(
             rows,
             live=row_field(rows.live, True),
@@ -177,6 +187,8 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
             waiting=row_field(rows.waiting, False),
             n_known=row_field(rows.n_known, batch.known_len),
             n_kv=row_field(rows.n_kv, 0),
+            shift=row_field(rows.shift, 0),
+            bend=row_field(rows.bend, 0),
             source=row_field(rows.source, jnp.where(batch.source < 0, -1, source)),
             source_len=row_field(rows.source_len, batch.source_len),
             body=row_field(rows.body, batch.known_len),
@@ -204,6 +216,13 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
     spawns, cramped = split_spawns(program, state, asks)
     state = open_blocks(program, state, spawns)
     return release_pages(program, end_segments(state, cramped, state.requests.limit_reason))
+
+
+def _scripts(program: Program, state: EngineState, batch: Admission):
+    if not program.scripts:
+        return state.script
+    lines = jnp.repeat(batch.arrives, program.max_threads)[:, None]
+    return jnp.where(lines, batch.script.reshape(state.script.shape), state.script)
 
 
 def keep_prefix(

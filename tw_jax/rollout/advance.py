@@ -20,6 +20,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from tw_jax.models import Qwen3
+from tw_jax.rollout.finish import finish_requests
+from tw_jax.rollout.gather_kv import close_threads
+from tw_jax.rollout.join import join_threads
 from tw_jax.rollout.lanes import (
     adopt_prefixes,
     assign_pages,
@@ -29,13 +32,7 @@ from tw_jax.rollout.lanes import (
 )
 from tw_jax.rollout.network import Network, Weights
 from tw_jax.rollout.outlines import read_token
-from tw_jax.rollout.spawn_join import (
-    block_fits,
-    finish_requests,
-    join_threads,
-    open_blocks,
-    spawn_threads,
-)
+from tw_jax.rollout.spawn import block_fits, open_blocks, spawn_threads
 from tw_jax.rollout.state import (
     EOS,
     FINISHED,
@@ -122,9 +119,11 @@ def _end_threads(
     outcome = jnp.stack([count, reason, jnp.arange(program.rows), rows.start_step, step], axis=1)
     slot = jnp.where(ended, rows.request, program.requests)
     table = state.threads.outcome.at[slot, rows.thread - 1].set(outcome, mode="drop")
+    state = replace(state, threads=replace(state.threads, outcome=table))
+    if program.gathers:
+        return close_threads(program, state, ended, stopped, eos)
     return replace(
         state,
-        threads=replace(state.threads, outcome=table),
         rows=replace(
             rows,
             waiting=rows.waiting | (ended & (rows.thread == 1)),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.errors import UserError
 from tw_jax.kernels.column_cache import cache_layout
@@ -29,6 +30,7 @@ from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
 from tw_jax.rollout.sampling_table import check_sampling
+from tw_jax.rollout.script import check_script
 from tw_jax.rollout.session import Session
 from tw_jax.rollout.state import EngineState, Program, new_state
 from tw_jax.trajectory.schema import Schema
@@ -38,6 +40,8 @@ OnFinish = Callable[[int, Rollout], None]
 # The prefill lane costs as much for one token as for all it can hold. For fewer tokens than this it
 # rests, and rows feed their known tokens one by one. Measured on CPU with 4 to 128 rows.
 LANE_MIN_TOKENS = 4
+# Join and position rules that `advance` follows.
+_JOINS = (("reencode", "contiguous"), ("gather_kv", "shared_start"))
 # Pages of a row by default, and the least size of one.
 _PAGES, _MIN_PAGE = 4, 64
 
@@ -60,14 +64,15 @@ class EngineConfig:
       prefill_rows: rows that are fed a chunk of known tokens in one step.
       prefill_chunk: tokens of such a chunk.
       steps_per_dispatch: most steps before the host looks for finished rollouts.
+      scripts: make room for `Request.script`.
       page_size: positions per page of the key/value cache; a page is what rows share. 0 chooses: a
         quarter of the context, at least 64, since each page of a row costs some overhead.
       kept_prefixes: beginnings of prompts, such as system prompts, that stay in the cache when
-        the requests that brought them are gone; least recently used ones make room. Each takes
-        as much memory as a row.
+        the requests that brought them are gone; least recently used ones make room. Whole pages
+        are kept. Each takes as much memory as a row.
       deterministic: make log-probabilities, not only tokens, independent of what else is in the
         batch, to the last bit: known tokens go through the prefill lane only, threads join all at
-        once, and attention always reads the whole context. Slower.
+        once, all rows are computed, and no beginnings of prompts are shared. Slower.
     """
 
     context_len: int = 512
@@ -80,6 +85,7 @@ class EngineConfig:
     prefill_rows: int = 4
     prefill_chunk: int = 16
     steps_per_dispatch: int = 64
+    scripts: bool = False
     page_size: int = 0
     kept_prefixes: int = 0
     deterministic: bool = False
@@ -93,7 +99,7 @@ class EngineConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("max_logit_bias", "page_size", "kept_prefixes") else 1
-            if field.name != "deterministic" and value < least:
+            if not isinstance(value, bool) and value < least:
                 raise UserError(f"engine.{field.name}={value}: must be at least {least}")
         if self.rows < self.requests:
             raise UserError(
@@ -121,7 +127,7 @@ class RolloutEngine:
 
         Args:
           graphdef: static half of the model, `tw_jax.models.graphdef(model_config)`.
-          schema: the language of parallel thought; its join rule must be "reencode".
+          schema: the language of parallel thought.
           config: sizes.
 
         Raises:
@@ -166,9 +172,16 @@ class RolloutEngine:
         state, self.state = self.state, None
         self._open = True
         try:
-            session = Session(
-                self, self.weights(params), self._new_state() if state is None else state, max_queue
-            )
+            weights = self.weights(params)
+            places = jax.tree.map(lambda leaf: leaf.sharding, weights)
+            # All of it is bound to its devices: what is not would be compiled for once more.
+            weights = jax.device_put(weights, places)
+            if state is None:
+                place = jax.tree.leaves(places)[0]
+                if isinstance(place, NamedSharding):
+                    place = NamedSharding(place.mesh, PartitionSpec())
+                state = jax.device_put(self._new_state(), place)
+            session = Session(self, weights, state, max_queue)
             yield session
             self.state = None if session.running else session.state
         finally:
@@ -215,6 +228,7 @@ class RolloutEngine:
           UserError: it cannot; says `name`, the field and the remedy.
         """
         _check_request(name, request, self.config, self._model_config)
+        check_script(name, request, self.schema, self.config.scripts)
 
 
 def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
@@ -228,10 +242,11 @@ def _model_config(graphdef: nnx.GraphDef) -> Qwen3Config:
 
 
 def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None:
-    if schema.join_rule != "reencode" or schema.position_rule != "contiguous":
+    if (schema.join_rule, schema.position_rule) not in _JOINS:
         raise UserError(
-            f"the rollout engine joins by re-encoding; schema {schema.name!r} joins by "
-            f"{schema.join_rule!r} at {schema.position_rule!r} positions"
+            f"schema {schema.name!r} joins by {schema.join_rule!r} at {schema.position_rule!r} "
+            "positions, which the rollout engine cannot do: it knows "
+            + " and ".join(f"{join} at {positions} positions" for join, positions in _JOINS)
         )
     if not schema.fork_join.fork or not schema.fork_join.header_suffix:
         raise UserError(f"schema {schema.name!r}: the fork and header texts must not be empty")
@@ -266,6 +281,8 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         prefill_chunk=config.prefill_chunk,
         prefill_min=1 if config.deterministic else LANE_MIN_TOKENS,
         deterministic=config.deterministic,
+        scripts=config.scripts,
+        gathers=schema.join_rule == "gather_kv",
         tokens=schema.fork_join,
         eos_id=schema.eos_id,
         alphabet=outline_alphabet(schema, model.vocab_size),

@@ -5,8 +5,8 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
+from tw_jax.rollout.finish import finish_requests
 from tw_jax.rollout.lanes import release_pages
-from tw_jax.rollout.spawn_join import finish_requests
 from tw_jax.rollout.state import SEGMENT, THREADS, EngineState, Program
 
 

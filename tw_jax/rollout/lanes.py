@@ -7,19 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from tw_jax.kernels.column_cache import (
-    ColumnCache,
-    attend_chunks,
-    attend_rows,
-    copy_page,
-    in_front,
-    plan_reads,
-    write_tokens,
-)
+from tw_jax.kernels.column_attention import attend_chunks, attend_rows, in_front, plan_reads
+from tw_jax.kernels.column_cache import ColumnCache, copy_page, write_tokens
 from tw_jax.rollout.network import Network, front_rows, row_buckets
 from tw_jax.rollout.pages import grow, release, share
 from tw_jax.rollout.sampling import sample_tokens, token_noise
-from tw_jax.rollout.state import EngineState, Program
+from tw_jax.rollout.state import EngineState, Program, ahead, rotary_positions
 
 
 def assign_pages(program: Program, state: EngineState) -> EngineState:
@@ -100,8 +93,8 @@ def adopt_prefixes(program: Program, state: EngineState) -> EngineState:
 def prefill_lane(program: Program, network: Network, state: EngineState) -> EngineState:
     """Feeds known tokens in chunks, all but each row's last: that one is the decode lane's."""
     rows = state.rows
-    pending = jnp.where(rows.live & (rows.source < 0), rows.n_known - 1 - rows.n_kv, 0)
-    if program.deterministic:
+    pending = jnp.where(rows.live & (rows.source < 0), ahead(program, rows), 0)
+    if program.deterministic and not program.gathers:
         pending = jnp.where(rows.waiting, 0, pending)
     size, row = lax.top_k(pending, program.prefill_rows)
     size = jnp.minimum(size, program.prefill_chunk)
@@ -119,7 +112,8 @@ def prefill_lane(program: Program, network: Network, state: EngineState) -> Engi
             cache = write_tokens(cache, layer, places, positions, valid, k, v)
             return attend_chunks(q, cache, layer, table, positions, longest), cache
 
-        _, cache = network.hidden_states(tokens, positions, attend, cache)
+        rotary = rotary_positions(rows, row[:, None], positions)
+        _, cache = network.hidden_states(tokens, rotary, attend, cache)
         return cache, n_kv.at[row].add(size)
 
     def rest(cache: ColumnCache, n_kv: Int32[Array, "rows"]):
@@ -140,7 +134,7 @@ def decode_lane(
       The state, each row's sampled token, and whether it sampled one.
     """
     rows, requests = state.rows, state.requests
-    pending = rows.n_known - 1 - rows.n_kv
+    pending = ahead(program, rows)
     feeds = rows.live & (rows.source < 0) & (~rows.waiting | (pending > 0))
     if program.deterministic:  # pending tokens only through the lane, in chunks of its own
         feeds &= ~rows.waiting & (pending == 0)
@@ -165,7 +159,8 @@ def decode_lane(
         return front.run(read, q, table, positions), cache
 
     with jax.named_scope("decode_lane"):
-        hidden, cache = network.hidden_states(tokens, positions, attend, state.cache, front.run)
+        rotary = rotary_positions(rows, jnp.arange(program.rows), positions)
+        hidden, cache = network.hidden_states(tokens, rotary, attend, state.cache, front.run)
         logits = front.run(network.logits, hidden)
 
     sampled = feeds & ~rows.waiting & (pending == 0)
@@ -180,6 +175,7 @@ def decode_lane(
             requests.sampling.take(rows.request),
             sampled,
             lambda: _own_context(program, state),
+            state.script[rows.area, rows.n_known] if program.scripts else None,
         )
     area = jnp.where(sampled, rows.area, len(state.tokens))
     return (

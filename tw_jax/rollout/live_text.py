@@ -145,8 +145,8 @@ def _threads(program: Program, host: EngineState, slot: int) -> tuple[LiveThread
         else:
             mine = rows.live & (rows.request == slot) & (rows.thread == ordinal)
             stop = int(rows.n_known[np.argmax(mine)])
-        area = slot * program.max_threads + ordinal - 1
-        found.append(
-            LiveThread(ordinal, np.array(host.tokens[area, start:stop]), header_len, ended)
-        )
+        tokens = np.array(host.tokens[slot * program.max_threads + ordinal - 1, start:stop])
+        if outcome[REASON] == EOS:  # once thread 1 has joined, a closer stands in its place
+            tokens[-1] = program.eos_id
+        found.append(LiveThread(ordinal, tokens, header_len, ended))
     return tuple(found)

@@ -45,10 +45,14 @@ def new_table(layout: CacheLayout) -> PageTable:
 
 
 def grow(table: PageTable, line: Scalar) -> PageTable:
-    """Gives a line its next page: the one at its own index if that is free."""
+    """Gives a line its next page: the one at its own index if that is free, else the last free one.
+
+    The last ones lie at the indices of kept prefixes, so no row takes another's.
+    """
     column = table.held[line]
     references = table.references[column]
-    page = jnp.where(references[line] == 0, line, jnp.argmin(references)).astype(jnp.int32)
+    last_free = len(references) - 1 - jnp.argmin(references[::-1])
+    page = jnp.where(references[line] == 0, line, last_free).astype(jnp.int32)
     return PageTable(
         pages=table.pages.at[line, column].set(page),
         held=table.held.at[line].add(1),

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from tw_jax.errors import UserError
+from tw_jax.trajectory.trajectory import Trajectory
 
 Mode = Literal["parallel", "sequential"]
 RepetitionScope = Literal["unit", "context"]
@@ -60,6 +61,8 @@ class Request:
       sampling: see `SamplingParams`.
       mode: "parallel" spawns threads; "sequential" decodes plainly, tags included.
       forced_prefix: first tokens of the response, given instead of sampled; they count as response.
+      script: a trajectory of the same prompt whose units' tokens are taken in place of sampled
+        ones, with their log-probabilities, as far as they go; needs `engine.scripts`.
       timeout_s: seconds from its submission after which the rollout ends where it is; None: never.
     """
 
@@ -68,6 +71,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     mode: Mode = "parallel"
     forced_prefix: tuple[int, ...] = ()
+    script: Trajectory | None = None
     timeout_s: float | None = None
 
 

@@ -119,6 +119,7 @@ def sample_tokens(
     asked: SamplingTable,
     active: Bool[Array, "rows"],
     read_context: ContextReader,
+    script: Int32[Array, "rows"] | None = None,
 ) -> tuple[Int32[Array, "rows"], Float32[Array, "rows"]]:
     """Draws one token per row by the Gumbel-max rule; temperature 0 is greedy.
 
@@ -128,6 +129,7 @@ def sample_tokens(
       asked: how each row wants its token drawn; what no active row asks for costs nothing.
       active: rows whose token will be used.
       read_context: see `change_logits`.
+      script: tokens to take in place of drawn ones; negative for none.
 
     Returns:
       Tokens, and their log-probabilities under `softmax(logits)`, that is at temperature 1 and
@@ -154,5 +156,7 @@ def sample_tokens(
         lambda: pick(change_logits(logits, asked, read_context)),
         lambda: pick(logits),
     )
+    if script is not None:
+        token = jnp.where(script >= 0, script, token)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -29,6 +29,7 @@ from tw_jax.rollout.pages import pages_in_use
 from tw_jax.rollout.prefix_book import PrefixBook
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
+from tw_jax.rollout.script import script_areas
 from tw_jax.rollout.state import CANCELLED, DEADLINE, FINISHED, EngineState
 
 if TYPE_CHECKING:
@@ -146,6 +147,13 @@ class Session:
 
     # --- how --------------------------------------------------------------------------------------
 
+    def _script(self, request: Request) -> np.ndarray | None:
+        program = self._program
+        if not program.scripts:
+            return None
+        schema = self._engine.schema
+        return script_areas(request, schema, program.max_threads, program.store_len)
+
     def _keep_prefixes(self, cached: np.ndarray) -> None:
         """Keeps the beginnings of prompts that come again and again."""
         for kept, slot, pages in self._book.to_keep(cached):
@@ -191,7 +199,16 @@ class Session:
             waiting = self._queue.popleft()
             self._running[slot] = waiting
             source, source_len = self._book.admit(slot, waiting.request.prompt)
-            arrivals.append(Arrival(slot, waiting.ticket, waiting.request, source, source_len))
+            arrivals.append(
+                Arrival(
+                    slot,
+                    waiting.ticket,
+                    waiting.request,
+                    source,
+                    source_len,
+                    self._script(waiting.request),
+                )
+            )
         if arrivals:
             self.state = self._engine.admit(self.state, admission(self._program, arrivals))
             self._free_rows -= len(arrivals)

@@ -62,6 +62,8 @@ class Program:
       prefill_chunk: tokens it feeds per row.
       prefill_min: pending tokens below which the lane rests and rows feed them one by one.
       deterministic: see `EngineConfig.deterministic`.
+      scripts: see `EngineConfig.scripts`.
+      gathers: the schema joins by keeping the threads' keys and values (`gather_kv`).
       tokens: the schema's forced tokens and triggers.
       eos_id: end of text.
       alphabet: token classes for outline numbers.
@@ -83,6 +85,8 @@ class Program:
     prefill_chunk: int
     prefill_min: int
     deterministic: bool
+    scripts: bool
+    gathers: bool
     tokens: ForkJoinTokens
     eos_id: int
     alphabet: OutlineAlphabet
@@ -103,10 +107,20 @@ class Program:
         return len(self.tokens.thread_close)
 
     @property
+    def tail_len(self) -> int:
+        """Tokens behind a thread's closing tag that belong to it."""
+        return len(self.tokens.thread_tail)
+
+    @property
+    def closing_len(self) -> int:
+        """Most tokens behind the sampled ones of a thread."""
+        return self.close_len + self.tail_len
+
+    @property
     def store_len(self) -> int:
         """Length of an area: slack lets forced text be written as one padded piece."""
         header_len = len(self.tokens.fork) + self.fixed_header_len + self.max_digits
-        return self.context_len + max(header_len, self.close_len, len(self.tokens.join))
+        return self.context_len + max(header_len, self.closing_len, len(self.tokens.join))
 
 
 class _Table:
@@ -131,6 +145,9 @@ class Rows(_Table):
       waiting: a parent's row between the end of thread 1 and the join; feeds, but does not sample.
       n_known: tokens decided.
       n_kv: tokens in the cache.
+      shift: rotary position less place in the cache, of tokens from `bend` on.
+      shift_before: the same of tokens before it.
+      bend: a place in the cache.
       source: the line whose first tokens this one waits to share, -1 for none.
       source_len: how many.
       body: position of the unit's first sampled token.
@@ -146,12 +163,31 @@ class Rows(_Table):
     waiting: Bool[Array, "rows"]
     n_known: Int32[Array, "rows"]
     n_kv: Int32[Array, "rows"]
+    shift: Int32[Array, "rows"]
+    shift_before: Int32[Array, "rows"]
+    bend: Int32[Array, "rows"]
     source: Int32[Array, "rows"]
     source_len: Int32[Array, "rows"]
     body: Int32[Array, "rows"]
     stop_at: Int32[Array, "rows"]
     unit: Int32[Array, "rows"]
     start_step: Int32[Array, "rows"]
+
+
+def rotary_positions(
+    rows: Rows, row: Int32[Array, "*b"], index: Int32[Array, "*b"]
+) -> Int32[Array, "*b"]:
+    """Rotary positions of places in the caches of the given rows."""
+    return index + jnp.where(index < rows.bend[row], rows.shift_before[row], rows.shift[row])
+
+
+def ahead(program: Program, rows: Rows) -> Int32[Array, "rows"]:
+    """Known tokens of each row that are fed before it samples again.
+
+    A row that samples on is left its last token, behind which it will. One that waits for a join
+    which keeps its keys and values is fed all.
+    """
+    return rows.n_known - rows.n_kv - ~(rows.waiting & program.gathers)
 
 
 @jax.tree_util.register_dataclass
@@ -204,6 +240,7 @@ class Threads(_Table):
       count: threads of the block.
       next_spawn: ordinal of the next thread to get a row (thread 1 never needs one).
       next_join: ordinal of the next thread to join.
+      last_position: the largest rotary position of a joined thread's closing tag.
       outcome: per thread, once it ended: COUNT, REASON, ROW, START_STEP, END_STEP.
     """
 
@@ -211,6 +248,7 @@ class Threads(_Table):
     count: Int32[Array, "requests"]
     next_spawn: Int32[Array, "requests"]
     next_join: Int32[Array, "requests"]
+    last_position: Int32[Array, "requests"]
     outcome: Int32[Array, "requests threads fields"]
 
 
@@ -240,6 +278,8 @@ class EngineState:
       pages: which pages of the cache each line holds.
       tokens: the token store, one line per area.
       logprobs: log-probability of each sampled token, beside it.
+      script: tokens to take in place of sampled ones, beside them; -1 for none. No areas without
+        `EngineConfig.scripts`.
       rows: the rows of the batch.
       requests: the request slots.
       reader: outline numbers read so far, per request.
@@ -253,6 +293,7 @@ class EngineState:
     pages: PageTable
     tokens: Int32[Array, "areas store"]
     logprobs: Float32[Array, "areas store"]
+    script: Int32[Array, "areas store"]
     rows: Rows
     requests: Requests
     reader: OutlineReader
@@ -278,6 +319,7 @@ def new_state(program: Program) -> EngineState:
         pages=new_table(program.layout),
         tokens=ints(*store),
         logprobs=jnp.zeros(store, jnp.float32),
+        script=ints(*(store if program.scripts else (0, store[1]))) - 1,
         rows=Rows(
             live=flags(rows),
             request=ints(rows),
@@ -286,6 +328,9 @@ def new_state(program: Program) -> EngineState:
             waiting=flags(rows),
             n_known=ints(rows),
             n_kv=ints(rows),
+            shift=ints(rows),
+            shift_before=ints(rows),
+            bend=ints(rows),
             source=ints(rows) - 1,
             source_len=ints(rows),
             body=ints(rows),
@@ -318,6 +363,7 @@ def new_state(program: Program) -> EngineState:
             count=ints(requests),
             next_spawn=ints(requests),
             next_join=ints(requests),
+            last_position=ints(requests),
             outcome=ints(requests, threads, OUTCOME_FIELDS),
         ),
         records=Records(
