@@ -82,6 +82,7 @@ def test_other_sizes_write_the_same(name, expected):
     assert_same(shuffled, [expected[i] for i in order])
 
 
+@pytest.mark.slow
 def test_two_devices_write_the_same(expected):
     done = subprocess.run(
         [sys.executable, "-m", "tests.rollout.two_devices"],

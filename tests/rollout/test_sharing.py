@@ -145,6 +145,28 @@ def test_one_leaves_before_or_after_adoption(engine, shared, monkeypatch, way, l
     expect(engine, [found[t] for t in sorted(found)], [*first, late])
 
 
+@pytest.mark.parametrize("way", ["cancel", "deadline"])
+def test_a_thread_gets_the_row_of_one_that_waited_to_share(engine, shared, monkeypatch, way):
+    """Nobody else arrives, so the source's own threads take the row that is free again."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    set_steps(engine, 2)
+    source = request(0, THREE, LONG, max_response_tokens=70)
+    follower = dataclasses.replace(source, seed=1, timeout_s=1.0)
+    with engine.session(make_model()[1]) as session:
+        session.submit(source)
+        second = session.submit(follower)
+        assert not polled(session)
+        assert (np.asarray(session.state.rows.source) >= 0).any(), "it waits still"
+        if way == "cancel":
+            session.cancel(second)
+        clock[0] = 2.0
+        found = finish(session)
+    threads = [unit for unit in found[0].units if unit.kind == "thread"]
+    assert {unit.row for unit in threads} >= {0, 1}
+    expect(engine, [found[0], found[1]], [source, follower])
+
+
 ENDING_SOURCES = {
     "at its first token": request(0, prompt=LONG, max_response_tokens=1),
     "at admission": request(0, THREE, LONG, max_response_tokens=len(ids(THREE)) + 6),
@@ -218,7 +240,7 @@ def test_kept_prefixes_are_shared_and_make_room(engine, shared):
         rollouts = one_after_another(session, requests)
         held = np.asarray(session.state.pages.held)[-KEPT:].tolist()
         assert session.pages_in_use == sum(held) > 0
-    # Nothing runs beside them, so only kept prefixes are shared. Each is kept when it comes a
+    # Nothing runs beside them, so only kept prefixes are shared. One is kept when it comes a
     # second time, or again after it had to make room: beginning 1 at turn 9, 0 at turn 12.
     first, second = CONFIG.requests, CONFIG.requests + 1
     assert shared == [
