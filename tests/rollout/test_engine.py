@@ -299,7 +299,7 @@ def test_refuses_models_and_schemas_that_do_not_fit():
         RolloutEngine(small, schema, ENGINE)
 
     other = dataclasses.replace(schema, join_rule="message")
-    with pytest.raises(UserError, match="joins by re-encoding"):
+    with pytest.raises(UserError, match="joins by 'message' at 'contiguous' positions"):
         RolloutEngine(make_model()[0], other, ENGINE)
 
 

@@ -71,7 +71,7 @@ class Admission:
     max_thread_tokens: Int32[Array, "requests"]
     max_blocks: Int32[Array, "requests"]
     sampling: SamplingTable
-    script: Int32[Array, "requests threads store"]
+    script: Int32[Array, "requests areas store"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Arrival:
     request: Request
     source: int = -1
     source_len: int = 0
-    script: Int32[np.ndarray, "threads store"] | None = None
+    script: Int32[np.ndarray, "areas store"] | None = None
 
 
 def admission(program: Program, arrivals: Sequence[Arrival]) -> Admission:
@@ -109,7 +109,7 @@ def admission(program: Program, arrivals: Sequence[Arrival]) -> Admission:
             program.vocab,
             program.max_logit_bias,
         ),
-        "script": np.zeros((n * program.scripts, program.max_threads, program.store_len), np.int32),
+        "script": np.zeros((n * program.scripts, program.areas, program.store_len), np.int32),
     }
     for field in dataclasses.fields(Admission):
         fields.setdefault(field.name, np.zeros(n, np.int32))
@@ -168,7 +168,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
         for field in dataclasses.fields(requests)
         if field.name in Admission.__dataclass_fields__ and field.name != "sampling"
     }
-    area = jnp.where(arrives, slots * program.max_threads, len(state.tokens))
+    area = jnp.where(arrives, slots * program.areas, len(state.tokens))
     lines = request_field(requests.row, row)
     kept = batch.source - program.requests
     source = jnp.where(kept < 0, lines[batch.source], program.rows + kept)
@@ -177,12 +177,12 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
         tokens=state.tokens.at[area].set(batch.tokens, mode="drop"),
         script=_scripts(program, state, batch),
         # Only sampled tokens write theirs: given ones must not show those of an earlier request.
-        logprobs=jnp.where(jnp.repeat(arrives, program.max_threads)[:, None], 0, state.logprobs),
+        logprobs=jnp.where(jnp.repeat(arrives, program.areas)[:, None], 0, state.logprobs),
         rows=replace(
             rows,
             live=row_field(rows.live, True),
             request=row_field(rows.request, slots),
-            area=row_field(rows.area, slots * program.max_threads),
+            area=row_field(rows.area, slots * program.areas),
             thread=row_field(rows.thread, 0),
             waiting=row_field(rows.waiting, False),
             n_known=row_field(rows.n_known, batch.known_len),
@@ -203,6 +203,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
             phase=request_field(requests.phase, SEGMENT),
             row=lines,
             block=request_field(requests.block, 0),
+            archived=request_field(requests.archived, 0),
         ),
         reader=replace(
             reader,
@@ -221,7 +222,7 @@ def admit(program: Program, state: EngineState, batch: Admission) -> EngineState
 def _scripts(program: Program, state: EngineState, batch: Admission):
     if not program.scripts:
         return state.script
-    lines = jnp.repeat(batch.arrives, program.max_threads)[:, None]
+    lines = jnp.repeat(batch.arrives, program.areas)[:, None]
     return jnp.where(lines, batch.script.reshape(state.script.shape), state.script)
 
 
@@ -250,7 +251,7 @@ def _read_prefix(
         position = jnp.minimum(batch.prompt_len + index, batch.tokens.shape[1] - 1)
         token = jnp.take_along_axis(batch.tokens, position[:, None], axis=1)[:, 0]
         reader, closes = read_token(
-            reader, program.alphabet, token, index < prefix_len, batch.max_threads
+            reader, program.alphabet, token, index < prefix_len, batch.max_threads, position
         )
         return index + 1, reader, asks | (closes & (index == prefix_len - 1))
 
@@ -265,13 +266,15 @@ class Harvest:
     """What the host reads of every request slot when some have finished.
 
     Attributes:
-      tokens: joined text, padded.
+      tokens: joined text, padded; under the join rule `message`, what the parent saw.
       logprobs: of its sampled tokens.
       length: length of the joined text.
       reason: why the rollout ended.
       blocks: parallel blocks.
       duplicates: outline numbers dropped as repeated.
       records: see `Records`.
+      archive: see `EngineState`.
+      archive_logprobs: see `EngineState`.
     """
 
     tokens: Int32[Array, "requests store"]
@@ -281,12 +284,14 @@ class Harvest:
     blocks: Int32[Array, "requests"]
     duplicates: Int32[Array, "requests"]
     records: Records
+    archive: Int32[Array, "archives archive"]
+    archive_logprobs: Float32[Array, "archives archive"]
 
 
 def harvest(program: Program, state: EngineState) -> tuple[EngineState, Harvest]:
     """Frees the slots of finished requests and returns their results."""
     requests = state.requests
-    joined = slice(None, None, program.max_threads)
+    joined = slice(None, None, program.areas)
     result = Harvest(
         tokens=state.tokens[joined],
         logprobs=state.logprobs[joined],
@@ -295,6 +300,8 @@ def harvest(program: Program, state: EngineState) -> tuple[EngineState, Harvest]
         blocks=requests.block,
         duplicates=state.reader.duplicates,
         records=state.records,
+        archive=state.archive,
+        archive_logprobs=state.archive_logprobs,
     )
     phase = jnp.where(requests.phase == FINISHED, FREE, requests.phase)
     return replace(state, requests=replace(requests, phase=phase)), result

@@ -34,6 +34,7 @@ from tw_jax.rollout.network import Network, Weights
 from tw_jax.rollout.outlines import read_token
 from tw_jax.rollout.spawn import block_fits, open_blocks, spawn_threads
 from tw_jax.rollout.state import (
+    CONTEXT,
     EOS,
     FINISHED,
     LENGTH,
@@ -113,7 +114,8 @@ def _end_threads(
     reason = jnp.select(
         [stopped, eos, budget_spent],
         [THREAD_STOP, EOS, LENGTH],
-        requests.limit_reason[rows.request],
+        # A thread that hears messages only has a context of its own to fill.
+        CONTEXT if program.messages else requests.limit_reason[rows.request],
     )
     step = jnp.broadcast_to(state.step, count.shape)
     outcome = jnp.stack([count, reason, jnp.arange(program.rows), rows.start_step, step], axis=1)
@@ -122,13 +124,9 @@ def _end_threads(
     state = replace(state, threads=replace(state.threads, outcome=table))
     if program.gathers:
         return close_threads(program, state, ended, stopped, eos)
+    stays = ended & (rows.thread == 1) & (not program.messages)  # in the parent's row
     return replace(
-        state,
-        rows=replace(
-            rows,
-            waiting=rows.waiting | (ended & (rows.thread == 1)),
-            live=rows.live & ~(ended & (rows.thread > 1)),
-        ),
+        state, rows=replace(rows, waiting=rows.waiting | stays, live=rows.live & (~ended | stays))
     )
 
 
@@ -143,7 +141,12 @@ def _read_segments(
     active = (requests.phase == SEGMENT) & sampled[requests.row]
     new = token[requests.row]
     reader, asks = read_token(
-        state.reader, program.alphabet, new, active & requests.parallel, requests.max_threads
+        state.reader,
+        program.alphabet,
+        new,
+        active & requests.parallel,
+        requests.max_threads,
+        state.rows.n_known[requests.row] - 1,
     )
     state = replace(state, reader=reader)
     eos = active & (new == program.eos_id)

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from tw_jax.rollout.message_text import message_blocks
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import FinishReason, Rollout, RolloutUnit
 from tw_jax.rollout.state import (
@@ -67,17 +68,34 @@ def assemble(request: Request, text: FinishedText, schema: Schema) -> Rollout:
     """The rollout with its spans and units."""
     prompt_len = len(request.prompt)
     sampled_start = prompt_len + len(request.forced_prefix)
-    reader = _BlockReader(text, schema, prompt_len)
-    blocks = tuple(reader.block(index) for index in range(len(text.blocks)))
+    if schema.join_rule == "message":
+        blocks = message_blocks(
+            text.tokens,
+            text.blocks,
+            text.threads,
+            schema,
+            prompt_len,
+            request.sampling.max_threads,
+        )
+    else:
+        reader = _BlockReader(text, schema, prompt_len)
+        blocks = tuple(reader.block(index) for index in range(len(text.blocks)))
     trajectory = Trajectory(
         tokens=text.tokens,
         prompt_len=prompt_len,
         blocks=blocks,
         sampled_start=sampled_start if request.forced_prefix else None,
     )
+    units = _units(trajectory, text, schema)
+    if schema.join_rule == "message":
+        # No unit sees the text as a whole: each has a context of its own.
+        units = tuple(
+            dataclasses.replace(unit, context_len=len(own.context))
+            for unit, own in zip(units, schema.units(trajectory), strict=True)
+        )
     return Rollout(
         trajectory=trajectory,
-        units=_units(trajectory, text, schema),
+        units=units,
         finish_reason=FINISH_REASONS[text.reason],
         critical_path=schema.critical_path(trajectory),
         total_tokens=len(text.tokens) - prompt_len,

@@ -293,9 +293,8 @@ class _Run:
             end_step = start_step + count - 1
             self.clock = max(self.clock, end_step + 1)
             end = len(self.tokens)
-            entries.append(
-                [count, reason, lane, start_step, end_step, start, body, sampled_end, end]
-            )
+            steps, places = (start_step, end_step), (start, body, sampled_end, end)
+            entries.append([count, reason, lane, *steps, *places, end])
             self.blocks[-1] = (outlines_end, end, len(entries))
         if len(done) < len(numbers):
             # Of a thread that did not run: it has no room, or the time was up.

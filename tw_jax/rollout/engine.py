@@ -43,7 +43,7 @@ OnFinish = Callable[[int, Rollout], None]
 # rests, and rows feed their known tokens one by one. Measured on CPU with 4 to 128 rows.
 LANE_MIN_TOKENS = 4
 # Join and position rules that `advance` follows.
-_JOINS = (("reencode", "contiguous"), ("gather_kv", "shared_start"))
+_JOINS = (("reencode", "contiguous"), ("gather_kv", "shared_start"), ("message", "fresh"))
 # Pages of a row by default, and the least size of one.
 _PAGES, _MIN_PAGE = 4, 64
 
@@ -253,6 +253,12 @@ class RolloutEngine:
                 f"{name}: timeout_s={request.timeout_s}: the clocks of several processes do not "
                 "agree on when it is over; leave it out, or cancel in all of them"
             )
+        # Thread 1 runs in the parent's row, unless threads hear their messages only.
+        own_rows = request.sampling.max_threads > 1 or self.program.messages
+        if request.mode == "parallel" and own_rows and self.config.rows < 2:
+            raise UserError(
+                f"{name}: threads need a row of their own: set engine.rows to at least 2"
+            )
         check_script(name, request, self.schema, self.config.scripts)
 
 
@@ -273,8 +279,14 @@ def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None
             "positions, which the rollout engine cannot do: it knows "
             + " and ".join(f"{join} at {positions} positions" for join, positions in _JOINS)
         )
-    if not schema.fork_join.fork or not schema.fork_join.header_suffix:
+    forced, message = schema.fork_join, schema.join_rule == "message"
+    if not forced.fork or not (message or forced.header_suffix):
         raise UserError(f"schema {schema.name!r}: the fork and header texts must not be empty")
+    header_len = len((*forced.context_prefix, *forced.header_prefix, *forced.header_suffix))
+    # What a thread's context holds beside its message must fit where the parent's holds the prompt,
+    # the list's two tags, the fork and an empty answer: then every thread has room for a token.
+    if message and header_len + 1 + len(forced.thread_close) > 3 + len(forced.fork) + 2:
+        raise UserError(f"schema {schema.name!r}: the headers of threads are too long")
     try:
         check_positions(model, config.context_len)
     except ValueError as error:
@@ -308,6 +320,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         deterministic=config.deterministic,
         scripts=config.scripts,
         gathers=schema.join_rule == "gather_kv",
+        messages=schema.join_rule == "message",
         tokens=schema.fork_join,
         eos_id=schema.eos_id,
         alphabet=outline_alphabet(schema, model.vocab_size),
@@ -328,5 +341,3 @@ def _check_request(name: str, request: Request, config: EngineConfig, model: Qwe
                 "upper end"
             )
     check_sampling(name, sampling, model.vocab_size, config.max_logit_bias)
-    if request.mode == "parallel" and sampling.max_threads > 1 and config.rows < 2:
-        raise UserError(f"{name}: threads need a row of their own: set engine.rows to at least 2")

@@ -3,7 +3,8 @@
 Threads join in order, each as soon as it is finished, by copying their tokens behind the joined
 text. Where the schema re-encodes (ThreadWeaver), the parent's row then feeds them like any other
 known tokens; where it keeps keys and values (native, see `tw_jax.rollout.gather_kv`), they are
-copied along.
+copied along. Where threads return messages (APR, see `tw_jax.rollout.messages`), only those are
+appended, and the row feeds them.
 
 The joined text ends at the request's limit. A thread whose text would cross it is cut so that its
 closing tag still fits, and the rollout ends there; what ran later is dropped. So the result is the
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Int32
 
 from tw_jax.rollout.finish import finish_requests
 from tw_jax.rollout.gather_kv import adopt_tokens, all_fed, cut_thread, needs_cut
+from tw_jax.rollout.messages import join_message
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.spawn import next_spawn_fits, number_len
 from tw_jax.rollout.state import (
@@ -43,7 +45,8 @@ def join_threads(program: Program, state: EngineState) -> EngineState:
 
     Rollouts without room for what would be joined next end here.
     """
-    events = [(_ready_to_join, _join_thread), (_ready_to_close, _close_block)]
+    join = join_message if program.messages else _join_thread
+    events = [(_ready_to_join, join), (_ready_to_close, _close_block)]
     cache = state.cache
     if program.gathers:
         events.insert(0, (_ready_to_cut, _cut_thread))
@@ -84,6 +87,8 @@ def _next_join_end(program: Program, state: EngineState) -> Int32[Array, "reques
     thread += 1 + program.closing_len
     closing = threads.next_join > threads.count
     end = state.rows.n_known[state.requests.row]
+    if program.messages:  # the answer's length shows when it joins
+        return jnp.where(closing, end + len(program.tokens.join) + 1, 0)
     end += jnp.where(closing, len(program.tokens.join) + 1, thread)
     # Thread 1 stands in the joined text already, and was started only because it fits.
     return jnp.where(threads.next_join == 1, 0, end)
@@ -98,6 +103,8 @@ def _all_ended(program: Program, state: EngineState) -> Bool[Array, "requests"]:
     """Whether every thread that can run at all has ended."""
     threads = state.threads
     last = jnp.where(next_spawn_fits(program, state), threads.count, threads.next_spawn - 1)
+    if program.messages:
+        last = threads.count
     ordinal = jnp.arange(1, program.max_threads + 1)[None]
     ended = threads.outcome[:, :, REASON] != RUNNING
     return (ended | (ordinal > last[:, None])).all(axis=1)
@@ -175,23 +182,23 @@ def _join_thread(program: Program, state: EngineState, slot: Scalar) -> EngineSt
     tokens, logprobs = _copy_text(
         state,
         slot,
-        program.max_threads,
+        program.areas,
         ordinal,
         first,
         start,
         jnp.where(own, 0, copied_end - start),
     )
     closer = jnp.array(program.tokens.thread_close, jnp.int32)
-    area = slot * program.max_threads
+    area = slot * program.areas
     under = lax.dynamic_slice(tokens, (area, sampled_end), (1, len(closer)))
     written = jnp.where(forced > 0, closer[None], under)
     tokens = lax.dynamic_update_slice(tokens, written, (area, sampled_end))
 
     block = requests.block[slot]
-    positions = jnp.stack([start, body, sampled_end, end])
     outcome = outcome.at[REASON].set(reason).at[COUNT].set(count)
-    entry = jnp.concatenate([outcome[:OUTCOME_FIELDS], positions])
     joined_end = end + program.tail_len
+    positions = jnp.stack([start, body, sampled_end, end, joined_end])
+    entry = jnp.concatenate([outcome[:OUTCOME_FIELDS], positions])
     summary = jnp.stack([threads.fork_at[slot], joined_end, ordinal])
     state = replace(
         state,
@@ -213,14 +220,14 @@ def _join_thread(program: Program, state: EngineState, slot: Scalar) -> EngineSt
 def _copy_text(
     state: EngineState,
     slot: Scalar,
-    max_threads: int,
+    areas: int,
     ordinal: Scalar,
     source: Scalar,
     target: Scalar,
     length: Scalar,
 ):
     """Copies `length` positions of a thread's area into the joined text, tokens and logprobs."""
-    area = slot * max_threads
+    area = slot * areas
     position = jnp.arange(state.tokens.shape[1])
     inside = (position >= target) & (position < target + length)
     origin = jnp.where(inside, position - target + source, 0)
@@ -238,7 +245,7 @@ def _close_block(program: Program, state: EngineState, slot: Scalar) -> EngineSt
     start = rows.n_known[row]
     end = start + len(program.tokens.join)
     join = jnp.array(program.tokens.join, jnp.int32)[None]
-    area = slot * program.max_threads
+    area = slot * program.areas
     summary = jnp.stack([state.threads.fork_at[slot], end, state.threads.count[slot]])
     return replace(
         state,

@@ -203,10 +203,13 @@ def _own_context(
 ) -> tuple[Int32[Array, "rows store"], Int32[Array, "rows"], Int32[Array, "rows"]]:
     """What each row's unit sees, and from where to where it has sampled itself.
 
-    Threads from the second on see the joined text up to the fork only.
+    Threads from the second on see the joined text up to the fork only, and nothing of it where
+    threads exchange messages.
     """
     rows = state.rows
-    joined = state.tokens[rows.request * program.max_threads]
+    if program.messages:
+        return state.tokens[rows.area], rows.body, rows.n_known
+    joined = state.tokens[rows.request * program.areas]
     before_fork = jnp.arange(joined.shape[1])[None] < state.threads.fork_at[rows.request][:, None]
     inherited = (rows.thread[:, None] > 1) & before_fork
     return jnp.where(inherited, joined, state.tokens[rows.area]), rows.body, rows.n_known

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from tw_jax.rollout.message_text import LoggedText, inline_threads
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.state import (
     BODY_AT,
@@ -97,8 +98,9 @@ def finished_text(rollout: Rollout) -> LiveText:
 
 def _live_text(program: Program, host: EngineState, slot: int) -> LiveText:
     requests, threads = host.requests, host.threads
-    area = slot * program.max_threads
+    area = slot * program.areas
     open_block = requests.phase[slot] == THREADS
+    joined = 0
     if open_block:
         joined = int(threads.next_join[slot]) - 1
         block = int(requests.block[slot])
@@ -107,9 +109,19 @@ def _live_text(program: Program, host: EngineState, slot: int) -> LiveText:
         live = _threads(program, host, slot)
     else:
         block, length, live = -1, int(host.rows.n_known[requests.row[slot]]), ()
+    text = LoggedText(np.array(host.tokens[area, :length]), np.array(host.logprobs[area, :length]))
+    if program.messages:
+        with_threads = int(requests.block[slot]) + (joined > 0)
+        text, _, _ = inline_threads(
+            text,
+            LoggedText(np.array(host.archive[slot]), np.array(host.archive_logprobs[slot])),
+            np.asarray(host.records.blocks[slot, :with_threads]),
+            np.asarray(host.records.threads[slot, :with_threads]),
+            len(program.tokens.fork),
+        )
     return LiveText(
-        tokens=np.array(host.tokens[area, :length]),
-        logprobs=np.array(host.logprobs[area, :length]),
+        tokens=text.tokens,
+        logprobs=text.logprobs,
         prompt_len=int(requests.prompt_len[slot]),
         block=block,
         threads=live,
@@ -122,7 +134,8 @@ def _live_text(program: Program, host: EngineState, slot: int) -> LiveText:
 def _joined_threads(
     program: Program, host: EngineState, slot: int, block: int
 ) -> tuple[LiveThread, ...]:
-    joined, text = host.records.blocks[slot, block, JOINED], host.tokens[slot * program.max_threads]
+    joined = host.records.blocks[slot, block, JOINED]
+    text = host.archive[slot] if program.messages else host.tokens[slot * program.areas]
     found = []
     for index, fields in enumerate(host.records.threads[slot, block, :joined].tolist()):
         tokens = np.array(text[fields[TAG_AT] : fields[BODY_AT] + fields[COUNT]])
@@ -134,10 +147,15 @@ def _joined_threads(
 
 def _threads(program: Program, host: EngineState, slot: int) -> tuple[LiveThread, ...]:
     threads, rows = host.threads, host.rows
-    start = int(threads.fork_at[slot]) + len(program.tokens.fork)
     found = []
     for ordinal in range(1, int(threads.next_spawn[slot])):
-        header_len = program.fixed_header_len + int(host.reader.number_len[slot, ordinal - 1])
+        header_len = program.fixed_header_len
+        if program.messages:
+            start = len(program.tokens.context_prefix)
+            start += int(host.reader.plan_len[slot, ordinal - 1])
+        else:
+            start = int(threads.fork_at[slot]) + len(program.tokens.fork)
+            header_len += int(host.reader.number_len[slot, ordinal - 1])
         outcome = threads.outcome[slot, ordinal - 1]
         ended = bool(outcome[REASON] != RUNNING)
         if ended:
@@ -145,7 +163,8 @@ def _threads(program: Program, host: EngineState, slot: int) -> tuple[LiveThread
         else:
             mine = rows.live & (rows.request == slot) & (rows.thread == ordinal)
             stop = int(rows.n_known[np.argmax(mine)])
-        tokens = np.array(host.tokens[slot * program.max_threads + ordinal - 1, start:stop])
+        area = slot * program.areas + ordinal - 1 + program.messages
+        tokens = np.array(host.tokens[area, start:stop])
         if outcome[REASON] == EOS:  # once thread 1 has joined, a closer stands in its place
             tokens[-1] = program.eos_id
         found.append(LiveThread(ordinal, tokens, header_len, ended))

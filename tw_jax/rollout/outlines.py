@@ -1,7 +1,8 @@
-"""Reads outline numbers from token ids, one token per request and step, inside the jitted loop.
+"""Reads lists of plans from token ids, one token per request and step, inside the jitted loop.
 
 The grammar of an outline's head is `<Outline> [space] digits (. digits)* [space] :`. A number is
-kept as the tokens it was written with; thread headers repeat those tokens.
+kept as the tokens it was written with; thread headers repeat those tokens. Plans without numbers
+are messages: any text between the opening and the closing tag, kept as a place in the text.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ class OutlineAlphabet:
       plans_open: id that opens the list of plans.
       plan_open: id behind which a number stands.
       spawn_trigger: id that closes the list.
+      plan_close: id that closes a plan.
+      numbered: plans carry numbers.
     """
 
     digit: Bool[np.ndarray, "vocab"]
@@ -38,6 +41,8 @@ class OutlineAlphabet:
     plans_open: int
     plan_open: int
     spawn_trigger: int
+    plan_close: int
+    numbered: bool
 
 
 def outline_alphabet(schema: Schema, vocab_size: int) -> OutlineAlphabet:
@@ -55,6 +60,8 @@ def outline_alphabet(schema: Schema, vocab_size: int) -> OutlineAlphabet:
         plans_open=fork_join.plans_open,
         plan_open=fork_join.plan_open,
         spawn_trigger=fork_join.spawn_trigger,
+        plan_close=fork_join.plan_close,
+        numbered=fork_join.numbered,
     )
 
 
@@ -72,6 +79,9 @@ class OutlineReader:
       number_len: their lengths in tokens.
       count: how many there are.
       duplicates: numbers dropped because they repeated an earlier one of their list.
+      plan_at: where the plan without a number that is being read began, -1 for none.
+      plan_start: where each plan without a number begins.
+      plan_len: its tokens, both tags included.
     """
 
     open: Bool[Array, "requests"]
@@ -82,6 +92,9 @@ class OutlineReader:
     number_len: Int32[Array, "requests threads"]
     count: Int32[Array, "requests"]
     duplicates: Int32[Array, "requests"]
+    plan_at: Int32[Array, "requests"]
+    plan_start: Int32[Array, "requests threads"]
+    plan_len: Int32[Array, "requests threads"]
 
 
 def new_reader(requests: int, max_threads: int, max_digits: int) -> OutlineReader:
@@ -99,6 +112,9 @@ def new_reader(requests: int, max_threads: int, max_digits: int) -> OutlineReade
         number_len=zeros(requests, max_threads),
         count=zeros(requests),
         duplicates=zeros(requests),
+        plan_at=zeros(requests) - 1,
+        plan_start=zeros(requests, max_threads),
+        plan_len=zeros(requests, max_threads),
     )
 
 
@@ -108,6 +124,7 @@ def read_token(
     token: Int32[Array, "requests"],
     active: Bool[Array, "requests"],
     max_threads: Int32[Array, "requests"],
+    position: Int32[Array, "requests"] | None = None,
 ) -> tuple[OutlineReader, Bool[Array, "requests"]]:
     """Reads one token of every active request's sequential text.
 
@@ -116,12 +133,16 @@ def read_token(
       alphabet: token classes.
       token: the tokens.
       active: requests that have a new token.
-      max_threads: further numbers of one list are dropped.
+      max_threads: further plans of one list are dropped.
+      position: place of each token in its text; needed for plans without numbers only.
 
     Returns:
       The reader behind the token, and where the token asks for a spawn: it closes a list that
-      holds at least one number.
+      holds at least one plan.
     """
+    if not alphabet.numbered:
+        assert position is not None
+        return _read_unnumbered(reader, alphabet, token, active, max_threads, position)
     max_digits = reader.current.shape[1]
     state = reader.state
     dot = jnp.asarray(alphabet.dot)[token] & (state == _NUMBER)
@@ -162,7 +183,8 @@ def read_token(
     closes = active & (token == alphabet.spawn_trigger)
     spawns = closes & reader.open & (reader.count > 0)
     return (
-        OutlineReader(
+        dataclasses.replace(
+            reader,
             open=(reader.open | opens) & ~closes,
             state=jnp.where(active, following, state),
             current=jnp.where(active[:, None], current, reader.current),
@@ -173,4 +195,34 @@ def read_token(
             duplicates=reader.duplicates + duplicate,
         ),
         spawns,
+    )
+
+
+def _read_unnumbered(
+    reader: OutlineReader,
+    alphabet: OutlineAlphabet,
+    token: Int32[Array, "requests"],
+    active: Bool[Array, "requests"],
+    max_threads: Int32[Array, "requests"],
+    position: Int32[Array, "requests"],
+) -> tuple[OutlineReader, Bool[Array, "requests"]]:
+    """`read_token` for plans without numbers: each that is closed by its tag is kept."""
+    opens = active & (token == alphabet.plans_open)
+    closes = active & (token == alphabet.spawn_trigger)
+    begins = active & reader.open & (token == alphabet.plan_open)  # a plan begun anew too
+    ends = active & reader.open & (token == alphabet.plan_close)
+    kept = ends & (reader.plan_at >= 0) & (reader.count < max_threads)
+    ordinal = jnp.arange(reader.plan_start.shape[1])[None]
+    at = kept[:, None] & (ordinal == reader.count[:, None])
+    length = position + 1 - reader.plan_at
+    return (
+        dataclasses.replace(
+            reader,
+            open=(reader.open | opens) & ~closes,
+            plan_at=jnp.where(begins, position, jnp.where(opens | ends, -1, reader.plan_at)),
+            plan_start=jnp.where(at, reader.plan_at[:, None], reader.plan_start),
+            plan_len=jnp.where(at, length[:, None], reader.plan_len),
+            count=jnp.where(opens, 0, reader.count + kept),
+        ),
+        closes & reader.open & (reader.count > 0),
     )

@@ -23,6 +23,7 @@ from tw_jax.rollout.admit import Arrival, Harvest, admission
 from tw_jax.rollout.advance import MAX_IDLE_STEPS
 from tw_jax.rollout.assemble import FinishedText, assemble
 from tw_jax.rollout.live_text import LiveText, live_texts
+from tw_jax.rollout.message_text import LoggedText, inline_threads
 from tw_jax.rollout.network import Weights
 from tw_jax.rollout.pages import pages_in_use
 from tw_jax.rollout.placement import Agreement
@@ -101,7 +102,9 @@ class Session:
         self._queue.append(_Waiting(ticket, request, deadline_s))
         if self._agreement is not None:
             self._agreement.tell("submit", ticket, *_content(request))
-        self._spawning |= request.mode == "parallel" and request.sampling.max_threads > 1
+        # Thread 1 runs in the parent's row, unless it hears a message only.
+        needs_rows = request.sampling.max_threads > 1 or self._program.messages
+        self._spawning |= request.mode == "parallel" and needs_rows
         return ticket
 
     def cancel(self, ticket: int) -> None:
@@ -169,7 +172,7 @@ class Session:
         if not program.scripts:
             return None
         schema = self._engine.schema
-        return script_areas(request, schema, program.max_threads, program.store_len)
+        return script_areas(request, schema, program.areas, program.store_len)
 
     def _keep_prefixes(self, cached: np.ndarray) -> None:
         """Keeps the beginnings of prompts that come again and again."""
@@ -256,13 +259,24 @@ class Session:
 
     def _text(self, crop: Harvest, slot: int) -> FinishedText:
         length, blocks = int(crop.length[slot]), int(crop.blocks[slot])
+        text = LoggedText(
+            np.array(crop.tokens[slot, :length]), np.array(crop.logprobs[slot, :length])
+        )
+        spans = np.asarray(crop.records.blocks[slot, :blocks])
+        threads = np.asarray(crop.records.threads[slot, :blocks])
+        if self._program.messages:
+            archive = LoggedText(
+                np.asarray(crop.archive[slot]), np.asarray(crop.archive_logprobs[slot])
+            )
+            fork_len = len(self._program.tokens.fork)
+            text, spans, threads = inline_threads(text, archive, spans, threads, fork_len)
         return FinishedText(
-            tokens=np.array(crop.tokens[slot, :length]),
-            logprobs=np.array(crop.logprobs[slot, :length]),
+            tokens=text.tokens,
+            logprobs=text.logprobs,
             reason=int(crop.reason[slot]),
             duplicates=int(crop.duplicates[slot]),
             segments=np.asarray(crop.records.segments[slot]),
-            blocks=np.asarray(crop.records.blocks[slot, :blocks]),
-            threads=np.asarray(crop.records.threads[slot, :blocks]),
+            blocks=spans,
+            threads=threads,
             first_step=self._first_step,
         )

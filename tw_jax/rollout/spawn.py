@@ -5,7 +5,8 @@ nothing happens; several events of one step take several trips.
 
 The parent's row goes on as thread 1. Threads 2..n wait until the cache of the parent's row covers
 what all threads share, then each takes a free row when there is one, and shares the pages of that
-row.
+row. Where threads exchange messages instead (APR, see `tw_jax.rollout.messages`), every thread
+takes a free row and shares nothing.
 """
 
 from dataclasses import replace
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Int32
 
 from tw_jax.rollout.finish import record_segment
 from tw_jax.rollout.lanes import share_line
+from tw_jax.rollout.messages import ANSWER_TAGS, open_messages, start_thread
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.state import THREADS, EngineState, Program
 
@@ -37,8 +39,13 @@ def open_blocks(
 
 
 def block_fits(program: Program, state: EngineState) -> Bool[Array, "requests"]:
-    """Whether thread 1 with one token fits behind the text of each request's row."""
+    """Whether thread 1 with one token fits behind the text of each request's row.
+
+    Where threads exchange messages: whether an empty answer does.
+    """
     end = state.rows.n_known[state.requests.row] + len(program.tokens.fork)
+    if program.messages:
+        return end + ANSWER_TAGS <= state.requests.limit
     end += program.fixed_header_len + state.reader.number_len[:, 0]
     return end + 1 + program.closing_len <= state.requests.limit
 
@@ -80,11 +87,13 @@ def _thread_stop_at(program: Program, state: EngineState, slot: Scalar, body: Sc
 
 def _open_block(program: Program, state: EngineState, slot: Scalar) -> EngineState:
     state = record_segment(state, slot)
+    if program.messages:
+        return open_messages(program, state, slot)
     row = state.requests.row[slot]
     fork_at = state.rows.n_known[row]
     header, header_len = _header(program, state, slot, jnp.int32(1))
     body = fork_at + header_len
-    area = slot * program.max_threads
+    area = slot * program.areas
     block = state.requests.block[slot]
     return replace(
         state,
@@ -122,6 +131,8 @@ def _bent(program: Program, state: EngineState, row: Scalar, fork_at: Scalar) ->
 def _spawnable(program: Program, state: EngineState) -> Bool[Array, "requests"]:
     """Requests with a thread that only lacks a row."""
     requests, threads = state.requests, state.threads
+    if program.messages:
+        return (requests.phase == THREADS) & (threads.next_spawn <= threads.count)
     cached = state.rows.n_kv[requests.row] >= threads.fork_at + program.shared_len
     waiting = (requests.phase == THREADS) & (threads.next_spawn <= threads.count)
     return waiting & cached & next_spawn_fits(program, state)
@@ -146,12 +157,14 @@ def number_len(state: EngineState, ordinal: Int32[Array, "requests"]) -> Int32[A
 
 def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineState:
     """Starts the next thread in the first free row."""
+    if program.messages:
+        return start_thread(program, state, slot)
     threads, ordinal = state.threads, state.threads.next_spawn[slot]
     row = jnp.argmin(state.rows.live)
     fork_at = threads.fork_at[slot]
     header, header_len = _header(program, state, slot, ordinal)
     body = fork_at + header_len
-    area = slot * program.max_threads + ordinal - 1
+    area = slot * program.areas + ordinal - 1
     cached = fork_at + program.shared_len
     state = share_line(program, state, state.requests.row[slot], row, cached)
     return replace(
@@ -166,6 +179,7 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
             waiting=False,
             n_known=body,
             n_kv=cached,
+            source=-1,  # a cancelled request may have left the row while it waited to share
             body=body,
             stop_at=_thread_stop_at(program, state, slot, body),
             unit=unit_number(state.requests.block[slot], ordinal),

@@ -2,11 +2,12 @@
 
 Three kinds of place. A *row* is one lane of the decoding batch and one line of the page table; it
 runs one unit at a time. A *request slot* holds one active rollout. An *area* is a line of the
-token store: request slot `g` owns areas `g * max_threads + t`; area 0 holds its joined text, and
-area t the text of thread t + 1 in that thread's own context (thread 1 writes into the joined text
-directly). A row writes its tokens to its area at their positions, so `area` is the base address
-that the trial's flat store called for, and a finished thread needs no row while it waits for its
-join.
+token store: request slot `g` owns areas `g * areas + t`; area 0 holds its joined text, and area t
+the text of thread t + 1 in that thread's own context (thread 1 writes into the joined text
+directly). Under the join rule `message` area 0 holds what the parent sees, area t the text of
+thread t, and the request's *archive* that of the threads that have joined. A row writes its tokens
+to its area at their positions, so `area` is the base address that the trial's flat store called
+for, and a finished thread needs no row while it waits for its join.
 
 Two counters per row are the only queue there is: `n_known` tokens are decided, `n_kv` of them are
 in the cache. Prompts, forced headers, closers, joined threads and join tokens are just known
@@ -36,9 +37,9 @@ COUNT, REASON, ROW, START_STEP, END_STEP, OUTCOME_FIELDS = range(6)
 SEGMENT_FIELDS = 3
 # Columns of `Records.blocks`: end of the outlines, end of the join, threads joined.
 OUTLINES_END, JOIN_END, JOINED, BLOCK_FIELDS = range(4)
-# Columns of `Records.threads`, behind those of an outcome: positions in the joined text.
-TAG_AT, BODY_AT, SAMPLED_END, THREAD_END = range(OUTCOME_FIELDS, OUTCOME_FIELDS + 4)
-THREAD_FIELDS = OUTCOME_FIELDS + 4
+# Columns of `Records.threads`, behind those of an outcome: positions in the joined text
+# (under `message`: in the archive), and the length of the parent's context behind its join.
+TAG_AT, BODY_AT, SAMPLED_END, THREAD_END, PARENT_LEN, THREAD_FIELDS = range(OUTCOME_FIELDS, 11)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +65,7 @@ class Program:
       deterministic: see `EngineConfig.deterministic`.
       scripts: see `EngineConfig.scripts`.
       gathers: the schema joins by keeping the threads' keys and values (`gather_kv`).
+      messages: its threads exchange messages (`message`).
       tokens: the schema's forced tokens and triggers.
       eos_id: end of text.
       alphabet: token classes for outline numbers.
@@ -87,9 +89,20 @@ class Program:
     deterministic: bool
     scripts: bool
     gathers: bool
+    messages: bool
     tokens: ForkJoinTokens
     eos_id: int
     alphabet: OutlineAlphabet
+
+    @property
+    def areas(self) -> int:
+        """Lines of the token store per request."""
+        return self.max_threads + self.messages
+
+    @property
+    def archive_len(self) -> int:
+        """Tokens of joined threads that a request may keep beside the store."""
+        return self.max_threads * self.store_len
 
     @property
     def shared_len(self) -> int:
@@ -211,6 +224,7 @@ class Requests(_Table):
       reason: why the rollout ended, once FINISHED.
       block: blocks spawned and joined so far; the open block's index in phase THREADS.
       length: tokens of the joined text, once FINISHED.
+      archived: tokens in its archive.
     """
 
     phase: Int32[Array, "requests"]
@@ -228,6 +242,7 @@ class Requests(_Table):
     reason: Int32[Array, "requests"]
     block: Int32[Array, "requests"]
     length: Int32[Array, "requests"]
+    archived: Int32[Array, "requests"]
 
 
 @jax.tree_util.register_dataclass
@@ -238,7 +253,7 @@ class Threads(_Table):
     Attributes:
       fork_at: position behind the spawn trigger.
       count: threads of the block.
-      next_spawn: ordinal of the next thread to get a row (thread 1 never needs one).
+      next_spawn: ordinal of the next thread to get a row (thread 1 needs one under `message` only).
       next_join: ordinal of the next thread to join.
       last_position: the largest rotary position of a joined thread's closing tag.
       outcome: per thread, once it ended: COUNT, REASON, ROW, START_STEP, END_STEP.
@@ -260,7 +275,7 @@ class Records:
     Attributes:
       segments: row, first and last step of the segment before each block and of the last one.
       blocks: OUTLINES_END, JOIN_END, JOINED of each block.
-      threads: the outcome of each joined thread, and its positions in the joined text.
+      threads: the outcome of each joined thread, and where it went.
     """
 
     segments: Int32[Array, "requests blocks_and_one fields"]
@@ -280,6 +295,8 @@ class EngineState:
       logprobs: log-probability of each sampled token, beside it.
       script: tokens to take in place of sampled ones, beside them; -1 for none. No areas without
         `EngineConfig.scripts`.
+      archive: tokens of joined threads, one line per request; no lines but under `message`.
+      archive_logprobs: log-probability of each sampled token of them.
       rows: the rows of the batch.
       requests: the request slots.
       reader: outline numbers read so far, per request.
@@ -294,6 +311,8 @@ class EngineState:
     tokens: Int32[Array, "areas store"]
     logprobs: Float32[Array, "areas store"]
     script: Int32[Array, "areas store"]
+    archive: Int32[Array, "archives archive"]
+    archive_logprobs: Float32[Array, "archives archive"]
     rows: Rows
     requests: Requests
     reader: OutlineReader
@@ -313,13 +332,16 @@ def new_state(program: Program) -> EngineState:
     def flags(*shape: int) -> Bool[Array, "..."]:
         return jnp.zeros(shape, bool)
 
-    store = (requests * threads, program.store_len)
+    store = (requests * program.areas, program.store_len)
+    archive = (requests * program.messages, program.archive_len)
     return EngineState(
         cache=empty_cache(program.layout, program.kv_heads, program.head_dim, program.dtype),
         pages=new_table(program.layout),
         tokens=ints(*store),
         logprobs=jnp.zeros(store, jnp.float32),
         script=ints(*(store if program.scripts else (0, store[1]))) - 1,
+        archive=ints(*archive),
+        archive_logprobs=jnp.zeros(archive, jnp.float32),
         rows=Rows(
             live=flags(rows),
             request=ints(rows),
@@ -356,6 +378,7 @@ def new_state(program: Program) -> EngineState:
             reason=ints(requests),
             block=ints(requests),
             length=ints(requests),
+            archived=ints(requests),
         ),
         reader=new_reader(requests, threads, program.max_digits),
         threads=Threads(

@@ -34,7 +34,9 @@ What the engine does (join rule `message`, DESIGN section 6):
    parent samples on behind that; its unit's context is its own tokens and these.
 
 A thread's budget is `max_thread_tokens` and the room in its own context; `max_response_tokens`
-bounds the parent's context behind the prompt, not the text.
+bounds the parent's context behind the prompt, not the text. Of one rollout's joined threads the
+engine keeps as many tokens as `max_threads` contexts hold: when the next one finds no room there,
+the rollout ends in its place, with the reason of its limit.
 """
 
 import dataclasses
