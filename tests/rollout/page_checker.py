@@ -4,7 +4,8 @@ import numpy as np
 
 from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.pages import PageTable
-from tw_jax.rollout.state import EngineState, Program
+from tw_jax.rollout.program import Program
+from tw_jax.rollout.state import EngineState
 
 
 def holders(table: PageTable) -> np.ndarray:

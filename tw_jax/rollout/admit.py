@@ -15,20 +15,12 @@ from tw_jax.rollout.advance import end_segments, split_spawns
 from tw_jax.rollout.lanes import release_pages
 from tw_jax.rollout.outlines import read_token
 from tw_jax.rollout.pages import release, share
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.sampling_table import SamplingTable, sampling_table
 from tw_jax.rollout.spawn import open_blocks
-from tw_jax.rollout.state import (
-    CONTEXT,
-    FINISHED,
-    FREE,
-    LENGTH,
-    SEGMENT,
-    EngineState,
-    Program,
-    Records,
-)
+from tw_jax.rollout.state import CONTEXT, FINISHED, FREE, LENGTH, SEGMENT, EngineState, Records
 
 
 @jax.tree_util.register_dataclass

@@ -32,6 +32,7 @@ from tw_jax.rollout.lanes import (
 )
 from tw_jax.rollout.network import Network, Weights
 from tw_jax.rollout.outlines import read_token
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.spawn import block_fits, open_blocks, spawn_threads
 from tw_jax.rollout.state import (
     CONTEXT,
@@ -39,9 +40,9 @@ from tw_jax.rollout.state import (
     FINISHED,
     LENGTH,
     SEGMENT,
+    STOPPED,
     THREAD_STOP,
     EngineState,
-    Program,
 )
 
 # Steps without any row fed before the loop gives up: a spawn may need one to become feedable.
@@ -86,10 +87,10 @@ def _step(program: Program, network: Network, state: EngineState) -> EngineState
     state = adopt_prefixes(program, state)
     state = assign_pages(program, state)
     state = prefill_lane(program, network, state)
-    state, token, sampled = decode_lane(program, network, state)
+    state, token, sampled, stop = decode_lane(program, network, state)
     with jax.named_scope("events"):
-        state = _end_threads(program, state, token, sampled)
-        state = _read_segments(program, state, token, sampled)
+        state = _end_threads(program, state, token, sampled, stop)
+        state = _read_segments(program, state, token, sampled, stop)
         state = join_threads(program, state)
         state = release_pages(program, state)
         state = spawn_threads(program, state)
@@ -103,17 +104,18 @@ def _end_threads(
     state: EngineState,
     token: Int32[Array, "rows"],
     sampled: Bool[Array, "rows"],
+    stop: Bool[Array, "rows"],
 ) -> EngineState:
     """Notes the outcome of threads that ended; their rows are free, thread 1's waits."""
     rows, requests = state.rows, state.requests
     stopped, eos = token == program.tokens.thread_stop, token == program.eos_id
     spent = rows.n_known >= rows.stop_at
-    ended = sampled & (rows.thread > 0) & (stopped | eos | spent)
+    ended = sampled & (rows.thread > 0) & (stopped | eos | spent | stop)
     count = rows.n_known - rows.body
     budget_spent = count >= requests.max_thread_tokens[rows.request]
     reason = jnp.select(
-        [stopped, eos, budget_spent],
-        [THREAD_STOP, EOS, LENGTH],
+        [stopped, eos, stop, budget_spent],
+        [THREAD_STOP, EOS, STOPPED, LENGTH],
         # A thread that hears messages only has a context of its own to fill.
         CONTEXT if program.messages else requests.limit_reason[rows.request],
     )
@@ -135,6 +137,7 @@ def _read_segments(
     state: EngineState,
     token: Int32[Array, "rows"],
     sampled: Bool[Array, "rows"],
+    stop: Bool[Array, "rows"],
 ) -> EngineState:
     """Reads the new token of every request's sequential text: it goes on, spawns or ends."""
     requests = state.requests
@@ -151,10 +154,11 @@ def _read_segments(
     state = replace(state, reader=reader)
     eos = active & (new == program.eos_id)
     full = active & (state.rows.n_known[requests.row] >= requests.limit)
-    spawns, cramped = split_spawns(program, state, asks & ~eos & ~full)
+    halted = active & stop[requests.row]
+    spawns, cramped = split_spawns(program, state, asks & ~eos & ~full & ~halted)
     state = open_blocks(program, state, spawns)
-    ending = eos | full | cramped
-    reason = jnp.where(eos, EOS, requests.limit_reason)
+    ending = eos | full | cramped | halted
+    reason = jnp.select([eos, halted], [EOS, STOPPED], requests.limit_reason)
     return end_segments(state, ending, reason)
 
 

@@ -36,6 +36,7 @@ FINISH_REASONS: tuple[FinishReason, ...] = (
     "context",
     "cancelled",
     "deadline",
+    "controller",
 )
 
 

@@ -24,17 +24,19 @@ from tw_jax.models import Params, Qwen3Config, check_positions
 from tw_jax.parallel.layout import Layout, on_mesh
 from tw_jax.rollout.admit import admit, harvest, keep_prefix
 from tw_jax.rollout.advance import advance
+from tw_jax.rollout.controller import RowController
 from tw_jax.rollout.interrupt import interrupt_requests
 from tw_jax.rollout.network import Weights, decoding_weights
 from tw_jax.rollout.outlines import outline_alphabet
 from tw_jax.rollout.placement import check_on_one_device, engine_placement, results
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
 from tw_jax.rollout.sampling_table import check_sampling
 from tw_jax.rollout.script import check_script
 from tw_jax.rollout.session import Session
-from tw_jax.rollout.state import EngineState, Program, new_state
+from tw_jax.rollout.state import EngineState, new_state
 from tw_jax.trajectory.schema import Schema
 
 OnFinish = Callable[[int, Rollout], None]
@@ -130,6 +132,7 @@ class RolloutEngine:
         schema: Schema,
         config: EngineConfig,
         layout: Layout | None = None,
+        controller: RowController | None = None,
     ) -> None:
         """Prepares the jitted programs; nothing is compiled or allocated yet.
 
@@ -140,6 +143,7 @@ class RolloutEngine:
           layout: the mesh that the parameters will lie on; None for one device. If it spans several
             processes, all of them make the engine and use it in the same way: the same requests
             and cancellations between the same polls. Each of them gets all rollouts.
+          controller: watches every sampled token; see `tw_jax.rollout.controller`.
 
         Raises:
           UserError: schema, model, sizes and mesh do not fit each other.
@@ -147,7 +151,8 @@ class RolloutEngine:
         self.config, self.schema = config, schema
         self._model_config = _model_config(graphdef)
         _check_fit(self._model_config, schema, config)
-        self.program = _program(self._model_config, schema, config)
+        program = _program(self._model_config, schema, config)
+        self.program = dataclasses.replace(program, controller=controller)
         self.placement = None if layout is None else engine_placement(layout, self.program)
         self.state: EngineState | None = None
         self._open = False

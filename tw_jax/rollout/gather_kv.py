@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Int32
 
 from tw_jax.kernels.column_cache import copy_tokens
 from tw_jax.rollout.pages import grow
-from tw_jax.rollout.state import COUNT, REASON, ROW, EngineState, Program
+from tw_jax.rollout.program import Program
+from tw_jax.rollout.state import COUNT, REASON, ROW, EngineState
 
 Scalar = Int32[Array, ""]
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Int32
 from tw_jax.rollout.finish import finish_requests
 from tw_jax.rollout.gather_kv import adopt_tokens, all_fed, cut_thread, needs_cut
 from tw_jax.rollout.messages import join_message
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.spawn import next_spawn_fits, number_len
 from tw_jax.rollout.state import (
@@ -34,7 +35,6 @@ from tw_jax.rollout.state import (
     THREAD_STOP,
     THREADS,
     EngineState,
-    Program,
 )
 
 Scalar = Int32[Array, ""]

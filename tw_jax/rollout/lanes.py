@@ -5,14 +5,16 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from tw_jax.kernels.column_attention import attend_chunks, attend_rows, in_front, plan_reads
 from tw_jax.kernels.column_cache import ColumnCache, copy_page, write_tokens
+from tw_jax.rollout.controller import RowController, RowView
 from tw_jax.rollout.network import Network, front_rows, row_buckets
 from tw_jax.rollout.pages import grow, release, share
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.sampling import sample_tokens, token_noise
-from tw_jax.rollout.state import EngineState, Program, ahead, rotary_positions
+from tw_jax.rollout.state import EngineState, ahead, rotary_positions
 
 
 def assign_pages(program: Program, state: EngineState) -> EngineState:
@@ -127,11 +129,12 @@ def prefill_lane(program: Program, network: Network, state: EngineState) -> Engi
 
 def decode_lane(
     program: Program, network: Network, state: EngineState
-) -> tuple[EngineState, Int32[Array, "rows"], Bool[Array, "rows"]]:
+) -> tuple[EngineState, Int32[Array, "rows"], Bool[Array, "rows"], Bool[Array, "rows"]]:
     """Feeds one token per row and samples where the cache has caught up.
 
     Returns:
-      The state, each row's sampled token, and whether it sampled one.
+      The state, each row's sampled token, whether it sampled one, and whether its unit shall stop
+      there.
     """
     rows, requests = state.rows, state.requests
     pending = ahead(program, rows)
@@ -177,6 +180,20 @@ def decode_lane(
             lambda: _own_context(program, state),
             state.script[rows.area, rows.n_known] if program.scripts else None,
         )
+    stop = jnp.zeros_like(sampled)
+    if program.controller is not None:
+        with jax.named_scope("controller"):
+            view = RowView(
+                sampled,
+                token,
+                logprob,
+                logits,
+                rows.n_known + 1 - rows.body,
+                rows.request,
+                requests.block[rows.request],
+                rows.thread,
+            )
+            token, logprob, stop = _controlled(program.controller, view)
     area = jnp.where(sampled, rows.area, len(state.tokens))
     return (
         replace(
@@ -195,7 +212,20 @@ def decode_lane(
         ),
         token,
         sampled,
+        stop,
     )
+
+
+def _controlled(
+    controller: RowController, view: RowView
+) -> tuple[Int32[Array, "rows"], Float32[Array, "rows"], Bool[Array, "rows"]]:
+    """What a controller makes of the sampled tokens: tokens, their log-probabilities, stops."""
+    actions = controller(view)
+    logits = view.logits
+    found = jnp.take_along_axis(logits, actions.token[:, None], axis=-1)[:, 0]
+    swapped = found - jax.nn.logsumexp(logits, axis=-1)
+    logprob = jnp.where(actions.token == view.token, view.logprob, swapped)
+    return actions.token, logprob, actions.stop & view.sampled
 
 
 def _own_context(

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from tw_jax.rollout.message_text import LoggedText, inline_threads
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.state import (
     BODY_AT,
@@ -20,7 +21,6 @@ from tw_jax.rollout.state import (
     TAG_AT,
     THREADS,
     EngineState,
-    Program,
 )
 
 

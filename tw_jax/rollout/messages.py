@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from tw_jax.rollout.finish import finish_requests
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.state import (
     COUNT,
@@ -23,7 +24,6 @@ from tw_jax.rollout.state import (
     THREAD_STOP,
     THREADS,
     EngineState,
-    Program,
 )
 
 Scalar = Int32[Array, ""]

@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tw_jax.errors import UserError
 from tw_jax.parallel.layout import Layout
-from tw_jax.rollout.state import EngineState, Program, new_state
+from tw_jax.rollout.program import Program
+from tw_jax.rollout.state import EngineState, new_state
 
 
 @dataclasses.dataclass(frozen=True)

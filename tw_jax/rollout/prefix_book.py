@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int32
 
-from tw_jax.rollout.state import Program
+from tw_jax.rollout.program import Program
 
 # Fewer tokens than this are computed sooner than waited for.
 MIN_SHARED_TOKENS = 8

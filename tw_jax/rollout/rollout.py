@@ -11,8 +11,10 @@ from tw_jax.trajectory.trajectory import Trajectory
 UnitKind = Literal["segment", "thread"]
 # spawn: the unit ended at the spawn trigger; thread_stop: at the thread's closing tag;
 # eos: the model ended its text; length: a token budget was spent; context: the slot was full;
-# cancelled: the caller ended it; deadline: its time was up.
-FinishReason = Literal["spawn", "thread_stop", "eos", "length", "context", "cancelled", "deadline"]
+# cancelled: the caller ended it; deadline: its time was up; controller: a row controller said so.
+FinishReason = Literal[
+    "spawn", "thread_stop", "eos", "length", "context", "cancelled", "deadline", "controller"
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Int32
 from tw_jax.rollout.finish import record_segment
 from tw_jax.rollout.lanes import share_line
 from tw_jax.rollout.messages import ANSWER_TAGS, open_messages, start_thread
+from tw_jax.rollout.program import Program
 from tw_jax.rollout.sampling import unit_number
-from tw_jax.rollout.state import THREADS, EngineState, Program
+from tw_jax.rollout.state import THREADS, EngineState
 
 Scalar = Int32[Array, ""]
 
