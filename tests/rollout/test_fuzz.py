@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 
 from tests.rollout.scenarios import ENGINE
+from tests.rollout.sister_worlds import native_world
 from tests.rollout.small_world import make_model, make_schema
-from tests.rollout.workloads import check_against_alone, random_workload, run_workload
+from tests.rollout.workloads import (
+    check_against_alone,
+    native,
+    random_workload,
+    run_workload,
+    threadweaver,
+)
 from tw_jax.rollout.engine import RolloutEngine
 
 SMALL = dataclasses.replace(
@@ -21,23 +28,32 @@ CONFIGS = {
         SMALL, page_size=48, rows=2, requests=2, prefill_rows=1, prefill_chunk=5
     ),
     "deterministic": dataclasses.replace(SMALL, page_size=16, deterministic=True),
+    "native": dataclasses.replace(SMALL, page_size=8, rows=4, kept_prefixes=1),
+    "native, deterministic": dataclasses.replace(SMALL, page_size=16, deterministic=True),
 }
 PER_SESSION = 16
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=list(CONFIGS))
-def engine(request):
-    return RolloutEngine(make_model()[0], make_schema(), CONFIGS[request.param])
+def world(request):
+    """(engine, params, language of requests)."""
+    config = CONFIGS[request.param]
+    if request.param.startswith("native"):
+        own = native_world()
+        return RolloutEngine(own.graphdef, own.schema, config), own.params, native()
+    graphdef, params = make_model()
+    return RolloutEngine(graphdef, make_schema(), config), params, threadweaver()
 
 
-def fuzz(engine, monkeypatch, sessions: int, compared: float, seed: int) -> None:
+def fuzz(world, monkeypatch, sessions: int, compared: float, seed: int) -> None:
     """Random workloads one after another on one engine, whose state goes on."""
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    params, reasons = make_model()[1], collections.Counter()
+    engine, params, language = world
+    reasons = collections.Counter()
     for number in range(sessions):
         rng = np.random.default_rng([seed, number])
-        work = random_workload(rng, PER_SESSION, engine.config.context_len)
+        work = random_workload(rng, PER_SESSION, engine.config.context_len, language)
         try:
             found = run_workload(engine, params, work, clock)
             for ticket, rollout in found.items():
@@ -50,11 +66,11 @@ def fuzz(engine, monkeypatch, sessions: int, compared: float, seed: int) -> None
     assert set(reasons) == {"eos", "length", "context", "cancelled", "deadline"}
 
 
-def test_random_workloads(engine, monkeypatch):
-    fuzz(engine, monkeypatch, sessions=5, compared=0.3, seed=0)
+def test_random_workloads(world, monkeypatch):
+    fuzz(world, monkeypatch, sessions=5, compared=0.3, seed=0)
 
 
 @pytest.mark.slow
-def test_many_random_workloads(engine, monkeypatch):
-    """Some 30,000 requests over all sizes of the engine."""
-    fuzz(engine, monkeypatch, sessions=500, compared=0.05, seed=1)
+def test_many_random_workloads(world, monkeypatch):
+    """Some 30,000 requests over all languages and sizes of the engine."""
+    fuzz(world, monkeypatch, sessions=320, compared=0.05, seed=1)

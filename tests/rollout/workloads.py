@@ -1,19 +1,45 @@
 """Random workloads for the engine, and what must hold of every one of them."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
+from tests.rollout import scenarios, sister_scenarios
 from tests.rollout.page_checker import check_idle_pages
-from tests.rollout.scenarios import plans, request
 from tests.rollout.sessions import alone, polled, tokens
-from tests.rollout.small_world import ids
+from tests.rollout.sister_worlds import native_world
 from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.session import QueueFullError
 
 INTERRUPTED = ("cancelled", "deadline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """How requests are written in a small world.
+
+    Attributes:
+      request: makes one from a seed, a forced prefix and a prompt as text, and sampling fields.
+      plans: the text that asks for threads of these numbers.
+      opening: text that begins such a list.
+    """
+
+    request: Callable[..., Request]
+    plans: Callable[..., str]
+    opening: str
+
+
+def threadweaver() -> Language:
+    return Language(scenarios.request, scenarios.plans, "<Outlines>")
+
+
+def native() -> Language:
+    make = functools.partial(sister_scenarios.request, native_world())
+    return Language(make, sister_scenarios.native_plans, "<guideline>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +61,12 @@ class Workload:
     steps: int
 
 
-def random_workload(rng: np.random.Generator, count: int, context_len: int) -> Workload:
+def random_workload(
+    rng: np.random.Generator, count: int, context_len: int, language: Language
+) -> Workload:
     """Small requests: few beginnings, tiny budgets, all modes."""
     starts = ["<bos>" + "".join(rng.choice(list("abcdef "), size=20)) for _ in range(2)]
-    requests = [_random_request(rng, starts, context_len) for _ in range(count)]
+    requests = [_random_request(rng, starts, context_len, language) for _ in range(count)]
     cancels = {int(rng.integers(1, 12)): int(rng.integers(count)) for _ in range(rng.integers(4))}
     return Workload(
         requests,
@@ -49,24 +77,26 @@ def random_workload(rng: np.random.Generator, count: int, context_len: int) -> W
     )
 
 
-def _random_request(rng: np.random.Generator, starts: list[str], context_len: int) -> Request:
+def _random_request(
+    rng: np.random.Generator, starts: list[str], context_len: int, language: Language
+) -> Request:
     prompt = "<bos>"
     if rng.random() < 0.8:
         prompt = str(rng.choice(starts))[: int(rng.choice([5, 8, 13, 25], p=[0.1, 0.1, 0.3, 0.5]))]
         prompt = prompt if prompt.startswith("<bos>") else "<bos>"
     prompt += "abcdef"[: rng.integers(4)]
-    lists = ["", "", plans("1"), plans("1", "2"), plans("3", "12"), plans("a"), "ab", "<Outlines>"]
-    prefix = str(rng.choice(lists))
-    room = context_len - len(ids(prompt)) - 1
-    if len(ids(prefix)) >= room:
+    plans = [language.plans(*numbers) for numbers in (("1",), ("1", "2"), ("3", "12"), ("a",))]
+    prefix = str(rng.choice(["", "", "ab", language.opening, *plans]))
+    known = language.request(0, prefix, prompt)
+    if len(known.prompt) + len(known.forced_prefix) >= context_len:
         prefix = ""
-    asked = request(
+    asked = language.request(
         int(rng.integers(2**32)),
         prefix,
         prompt,
         mode="sequential" if rng.random() < 0.2 else "parallel",
         temperature=float(rng.choice([0.0, 1.0], p=[0.2, 0.8])),
-        max_response_tokens=len(ids(prefix)) + int(rng.integers(1, 30)),
+        max_response_tokens=len(known.forced_prefix) + int(rng.integers(1, 30)),
         max_thread_tokens=int(rng.integers(1, 6)),
         max_threads=int(rng.integers(1, 3)),
         max_blocks=int(rng.integers(1, 3)),
