@@ -27,7 +27,7 @@ from tests.test_laws import (
     assert_trees_close,
     packed_logprob,
 )
-from tw_jax.data.packing import LossWeights, WeightedTrie, pack_rows
+from tw_jax.data.packing import LossWeights, WeightedTrie, pack_rows, row_starts
 from tw_jax.kernels import tree_attention
 
 
@@ -106,7 +106,7 @@ def pack(tries):
     """One row, tries in order, and where each begins."""
     weights = LossWeights()
     batch = pack_rows([[WeightedTrie(trie, weights.of(trie)) for trie in tries]], 2 * ROW_LEN)
-    return batch, np.cumsum([0, *map(len, tries)])
+    return batch, row_starts([len(trie) for trie in tries], 2 * ROW_LEN)
 
 
 def packed_mask(batch):

@@ -15,7 +15,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from tw_jax.errors import UserError
@@ -80,7 +79,7 @@ def warm_up(
     engine.check("the server's defaults", request)
     with engine.session(params) as session:
         nothing = np.zeros(engine.config.requests, np.bool_)
-        session.state = engine.interrupt(session.state, nothing, jnp.int32(CANCELLED))
+        session.state = engine.interrupt(session.state, nothing, np.int32(CANCELLED))
         if engine.config.kept_prefixes:  # keeps nothing: no pages
             session.state = engine.keep_prefix(session.state, 0, 0, 0)
         ticket = session.submit(request)
