@@ -21,6 +21,7 @@ from tw_jax.kernels.column_cache import ColumnCache
 _MASKED = -1e30  # finite, so that a row with nothing visible gives no NaN
 # How a column is read.
 _SKIP, _IN_PLACE, _GATHER = range(3)
+_FEW_COLUMNS = 4
 
 # Partial softmax over one column: highest score, sum of weights, weighted values. The queries of a
 # row and the query heads that share a key head are the rows of one product.
@@ -38,7 +39,8 @@ class ReadPlan:
 
     Attributes:
       modes: of each column.
-      in_place: number of leading columns that are read, if all of them are read in place; else 0.
+      in_place: 0, or if all columns are read in place: one more than the index in `front_counts` of
+        the number of leading columns to read.
     """
 
     modes: Int32[Array, "columns"]
@@ -67,8 +69,19 @@ def plan_reads(
     in_place = (own | ~reads).all(axis=0)
     read = reads.any(axis=0)
     modes = jnp.where(read, jnp.where(in_place, _IN_PLACE, _GATHER), _SKIP)
-    plain = in_place.all() & (not same_bits)
-    return ReadPlan(modes, jnp.where(plain, read.sum(), 0))
+    plain = in_place.all() & read.any() & (not same_bits)
+    enough = jnp.searchsorted(jnp.array(front_counts(columns)), read.sum()).astype(jnp.int32)
+    return ReadPlan(modes, jnp.where(plain, enough + 1, 0))
+
+
+def front_counts(columns: int) -> tuple[int, ...]:
+    """Numbers of leading columns that are read at once: few, since each is compiled by itself."""
+    if columns <= _FEW_COLUMNS:
+        return tuple(range(1, columns + 1))
+    counts = [1]
+    while 2 * counts[-1] < columns:
+        counts.append(2 * counts[-1])
+    return (*counts, columns)
 
 
 def in_front(plan: ReadPlan) -> ReadPlan:
@@ -131,7 +144,7 @@ def attend_rows(
 
         return attend
 
-    branches = [column_by_column, *(at_once(count + 1) for count in range(len(keys)))]
+    branches = [column_by_column, *(at_once(count) for count in front_counts(len(keys)))]
     mixed = lax.switch(plan.in_place, branches)
     return _ungrouped(mixed, q[:, None])[:, 0]
 
