@@ -28,7 +28,8 @@ def main() -> None:
     params = jax.device_put(params, param_shardings(layout, CONFIG))
     spread = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     config = EngineConfig(**{**vars(BASE), **SCHEDULES["small pages, few rows"]})
-    rollouts = run(RolloutEngine(graphdef, make_schema(), config), params, mixed_requests())
+    engine = RolloutEngine(graphdef, make_schema(), config, layout)
+    rollouts = run(engine, params, mixed_requests())
     out = {
         "spread": spread,
         "tokens": [tokens(rollout) for rollout in rollouts],
