@@ -52,9 +52,9 @@ class Writer:
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = {r.seed: r for r in requests}
+        self._units = functools.cache(self._units_of)
 
-    @functools.cache  # noqa: B019 - lives as long as its test
-    def _units(self, length: int) -> dict[int, tuple[int, int]]:
+    def _units_of(self, length: int) -> dict[int, tuple[int, int]]:
         """(request seed, unit) by call seed, for contexts of a length."""
         units = [unit_number(block, ordinal) for block in range(5) for ordinal in range(6)]
         return {

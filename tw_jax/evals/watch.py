@@ -107,7 +107,6 @@ class _Screen:
     ) -> None:
         self._console, self._schema, self._tokenizer = console, engine.schema, tokenizer
         self._live = rich.live.Live(console=console, auto_refresh=False, transient=True)
-        self._first_step = int(session.state.step)
         self._finished = self._finished_tokens = 0
         self._drawn_s = float("-inf")
         self._seen: collections.deque[tuple[float, int]] = collections.deque()
@@ -136,7 +135,7 @@ class _Screen:
         }
         tokens = self._finished_tokens + sum(part.total_tokens for part in parts.values())
         progress = Progress(
-            steps=int(session.state.step) - self._first_step,
+            steps=session.steps,
             tokens_per_s=self._rate(now_s, tokens),
             finished=self._finished,
             running=session.running,
@@ -180,7 +179,7 @@ class _Printer:
 
     def show(self, session: Session) -> None:
         """Prints what the rollout whose turn it is has gained."""
-        text = session.live().get(self._current)
+        text = session.live([self._current]).get(self._current)
         if text is not None:
             self._print(text)
 

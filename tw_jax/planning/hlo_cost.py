@@ -15,10 +15,10 @@ from collections.abc import Mapping
 
 from tw_jax.planning.hlo import Computation, Instruction, Module
 
-# Opcodes that run another computation as a whole. The scalar functions of reductions, sorts and
-# scatters are none of them; `-done` repeats what `-start` named.
 # Key of `scopes` for the share of a ragged product's rows that belong to any of its groups.
 RAGGED_DOT = "ragged_dot_general"
+# Opcodes that run another computation as a whole. The scalar functions of reductions, sorts and
+# scatters are none of them; `-done` repeats what `-start` named.
 _CALLS = ("fusion", "call", "call-start", "async-start", "custom-call")
 _FUNCTION_ATTRIBUTES = ("calls", "to_apply")
 

@@ -1,9 +1,9 @@
 """The jitted loop: every step feeds one token of every live row.
 
 One step:
-  1. rows get the pages that they may write;
+  1. rows that wait to share another's beginning do, and rows get the pages that they may write;
   2. the prefill lane feeds chunks of the rows that have most known tokens ahead of their cache;
-  3. the decode lane feeds one token of every live row;
+  3. the decode lane feeds one token of every row that does not wait for a join;
   4. rows whose cache has caught up sample their next token;
   5. units end, outline numbers are read, threads are joined and spawned, rollouts end.
 

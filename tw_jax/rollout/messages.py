@@ -87,7 +87,6 @@ def start_thread(program: Program, state: EngineState, slot: Scalar) -> EngineSt
             n_kv=0,
             shift=0,
             bend=0,
-            source=-1,
             body=body,
             stop_at=jnp.minimum(budget_end, program.context_len - program.close_len),
             unit=unit_number(state.requests.block[slot], ordinal),

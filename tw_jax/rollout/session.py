@@ -13,6 +13,7 @@ A session belongs to one thread, and an engine has one session at a time.
 import collections
 import dataclasses
 import time
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -74,6 +75,9 @@ class Session:
         self._first_step = int(state.step)
         self._spawning = False
         self._book = PrefixBook(engine.program)
+        # Interrupts nothing: it is compiled now, not at the first cancellation in a busy hour.
+        nothing = np.zeros(engine.config.requests, np.bool_)
+        self.state = engine.interrupt(self.state, nothing, np.int32(CANCELLED))
         # The book knows nothing of what the last session kept, perhaps for other parameters.
         for kept in range(engine.config.kept_prefixes):
             self.state = engine.keep_prefix(self.state, kept, 0, 0)
@@ -140,10 +144,20 @@ class Session:
             ended += self._collect(np.asarray(status))
         return sorted(ended, key=lambda pair: pair[0])
 
-    def live(self) -> dict[int, LiveText]:
-        """What the running requests have written so far, by ticket; reads the device."""
-        texts = live_texts(self._program, self.state, self._running.keys())
+    def live(self, tickets: Container[int] | None = None) -> dict[int, LiveText]:
+        """What running requests have written so far, by ticket; reads the device.
+
+        Args:
+          tickets: requests to look at; None for all that run.
+        """
+        slots = [s for s, w in self._running.items() if tickets is None or w.ticket in tickets]
+        texts = live_texts(self._program, self.state, slots)
         return {self._running[slot].ticket: text for slot, text in texts.items()}
+
+    @property
+    def steps(self) -> int:
+        """Steps of the engine since the session began; reads the device."""
+        return int(self.state.step) - self._first_step
 
     @property
     def busy(self) -> bool:

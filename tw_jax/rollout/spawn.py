@@ -180,7 +180,6 @@ def _spawn_thread(program: Program, state: EngineState, slot: Scalar) -> EngineS
             waiting=False,
             n_known=body,
             n_kv=cached,
-            source=-1,  # a cancelled request may have left the row while it waited to share
             body=body,
             stop_at=_thread_stop_at(program, state, slot, body),
             unit=unit_number(state.requests.block[slot], ordinal),

@@ -6,8 +6,7 @@ token store: request slot `g` owns areas `g * areas + t`; area 0 holds its joine
 the text of thread t + 1 in that thread's own context (thread 1 writes into the joined text
 directly). Under the join rule `message` area 0 holds what the parent sees, area t the text of
 thread t, and the request's *archive* that of the threads that have joined. A row writes its tokens
-to its area at their positions, so `area` is the base address that the trial's flat store called
-for, and a finished thread needs no row while it waits for its join.
+to its area at their positions, so a finished thread needs no row while it waits for its join.
 
 Two counters per row are the only queue there is: `n_known` tokens are decided, `n_kv` of them are
 in the cache. Prompts, forced headers, closers, joined threads and join tokens are just known

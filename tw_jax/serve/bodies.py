@@ -1,5 +1,6 @@
 """The bodies of requests: OpenAI's fields, and ours beside them."""
 
+import abc
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -46,7 +47,7 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class GenerationBody(_Strict):
+class GenerationBody(_Strict, abc.ABC):
     """Fields that completions and chats share; None takes the server's default."""
 
     model: str | None = None
@@ -109,9 +110,9 @@ class GenerationBody(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    @abc.abstractmethod
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities are asked for."""
-        raise NotImplementedError
 
     @property
     def token_limit(self) -> int | None:

@@ -24,7 +24,6 @@ from tw_jax.rollout.live_text import LiveText
 from tw_jax.rollout.request import Request, SamplingParams
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.session import Session
-from tw_jax.rollout.state import CANCELLED
 
 MAX_FAILURES = 3
 
@@ -78,10 +77,6 @@ def warm_up(
     request = Request(np.asarray(prompt, np.int32), seed=0, sampling=sampling)
     engine.check("the server's defaults", request)
     with engine.session(params) as session:
-        nothing = np.zeros(engine.config.requests, np.bool_)
-        session.state = engine.interrupt(session.state, nothing, np.int32(CANCELLED))
-        if engine.config.kept_prefixes:  # keeps nothing: no pages
-            session.state = engine.keep_prefix(session.state, 0, 0, 0)
         ticket = session.submit(request)
         session.poll()
         session.live()
@@ -246,11 +241,11 @@ class EngineThread:
             for ticket, rollout in session.poll():
                 self._results.append((self._tickets.pop(ticket), rollout))
                 self._failures = 0
-            if self._texts_taken.is_set() and any(job.watched for job in self._tickets.values()):
+            watched = {ticket for ticket, job in self._tickets.items() if job.watched}
+            if watched and self._texts_taken.is_set():
                 self._texts_taken.clear()
-                texts = session.live().items()
-                found = [(self._tickets[ticket], text) for ticket, text in texts]
-                self._results += [(job, text) for job, text in found if job.watched]
+                texts = session.live(watched).items()
+                self._results += [(self._tickets[ticket], text) for ticket, text in texts]
             self._flush(session.running, session.queued)
 
     def _obey(self, session: Session, job: Job, is_cancel: bool) -> None:

@@ -71,7 +71,7 @@ from tw_jax.trajectory.trajectory import (
 )
 from tw_jax.trajectory.trie import TokenKind, Trie
 from tw_jax.trajectory.units import Unit
-from tw_jax.trajectory.vocabulary import control_token_ids, end_of_text_id, token_classes
+from tw_jax.trajectory.vocabulary import bind_tags, forced_ids
 
 APR_TAGS = ("<Spawn>", "</Spawn>", "<Message>", "</Message>", "<Thread>", "<Join>", "</Join>")
 
@@ -97,28 +97,27 @@ class AprSchema:
         Raises:
           UserError: the tokenizer lacks a control tag or an end-of-text token.
         """
-        tag_ids = control_token_ids(tokenizer, APR_TAGS)
-        by_name = dict(zip(APR_TAGS, tag_ids.tolist(), strict=True))
-        line_break = tuple(tokenizer("\n", add_special_tokens=False).input_ids)
+        bound = bind_tags(tokenizer, APR_TAGS)
+        tags, line_break = bound.by_name, forced_ids(tokenizer, "\n")
         bos = tokenizer.bos_token_id
         return cls(
-            tag_ids=tag_ids,
-            eos_id=end_of_text_id(tokenizer),
-            classes=token_classes(tokenizer, tag_ids),
+            tag_ids=bound.ids,
+            eos_id=bound.eos_id,
+            classes=bound.classes,
             fork_join=ForkJoinTokens(
-                spawn_trigger=by_name["</Spawn>"],
-                plans_open=by_name["<Spawn>"],
-                plan_open=by_name["<Message>"],
-                plan_close=by_name["</Message>"],
-                thread_stop=by_name["</Join>"],
+                spawn_trigger=tags["</Spawn>"],
+                plans_open=tags["<Spawn>"],
+                plan_open=tags["<Message>"],
+                plan_close=tags["</Message>"],
+                thread_stop=tags["</Join>"],
                 fork=line_break,
-                header_prefix=(by_name["<Thread>"], *line_break),
+                header_prefix=(tags["<Thread>"], *line_break),
                 header_suffix=(),
-                thread_close=(by_name["<Join>"], by_name["</Join>"]),
+                thread_close=(tags["<Join>"], tags["</Join>"]),
                 join=line_break,
                 numbered=False,
                 context_prefix=() if bos is None else (int(bos),),
-                return_open=by_name["<Join>"],
+                return_open=tags["<Join>"],
             ),
         )
 

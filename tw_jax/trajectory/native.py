@@ -56,7 +56,7 @@ from tw_jax.trajectory.schema import (
 from tw_jax.trajectory.trajectory import ParallelBlock, Trajectory
 from tw_jax.trajectory.trie import Trie
 from tw_jax.trajectory.units import Unit, units_of_whole_prefix
-from tw_jax.trajectory.vocabulary import control_token_ids, end_of_text_id, token_classes
+from tw_jax.trajectory.vocabulary import bind_tags, forced_ids
 
 NATIVE_TAGS = (
     "<guideline>",
@@ -91,27 +91,22 @@ class NativeSchema:
         Raises:
           UserError: the tokenizer lacks a control tag or an end-of-text token.
         """
-        tag_ids = control_token_ids(tokenizer, NATIVE_TAGS)
-
-        def piece(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
-        by_name = dict(zip(NATIVE_TAGS, tag_ids.tolist(), strict=True))
-        line_break = piece("\n")
+        bound = bind_tags(tokenizer, NATIVE_TAGS)
+        tags, line_break = bound.by_name, forced_ids(tokenizer, "\n")
         return cls(
-            tag_ids=tag_ids,
-            eos_id=end_of_text_id(tokenizer),
-            classes=token_classes(tokenizer, tag_ids),
+            tag_ids=bound.ids,
+            eos_id=bound.eos_id,
+            classes=bound.classes,
             fork_join=ForkJoinTokens(
-                spawn_trigger=by_name["</guideline>"],
-                plans_open=by_name["<guideline>"],
-                plan_open=by_name["<plan>"],
-                thread_stop=by_name["</step>"],
+                spawn_trigger=tags["</guideline>"],
+                plans_open=tags["<guideline>"],
+                plan_open=tags["<plan>"],
+                thread_stop=tags["</step>"],
                 fork=line_break,
-                header_prefix=(by_name["<step>"], *line_break),
-                header_suffix=piece(":"),
-                thread_close=(*line_break, by_name["</step>"]),
-                join=(by_name["<takeaway>"], *line_break),
+                header_prefix=(tags["<step>"], *line_break),
+                header_suffix=forced_ids(tokenizer, ":"),
+                thread_close=(*line_break, tags["</step>"]),
+                join=(tags["<takeaway>"], *line_break),
                 thread_tail=line_break,
             ),
         )

@@ -25,7 +25,7 @@ from tw_jax.trajectory.thread_text import (
 from tw_jax.trajectory.trajectory import Trajectory, shared_prompt
 from tw_jax.trajectory.trie import TokenKind, Trie
 from tw_jax.trajectory.units import Unit, units_of_whole_prefix
-from tw_jax.trajectory.vocabulary import control_token_ids, end_of_text_id, token_classes
+from tw_jax.trajectory.vocabulary import bind_tags, forced_ids
 
 THREADWEAVER_TAGS = (
     "<Parallel>",
@@ -60,26 +60,21 @@ class ThreadWeaverSchema:
         Raises:
           UserError: the tokenizer lacks a control tag or an end-of-text token.
         """
-        tag_ids = control_token_ids(tokenizer, THREADWEAVER_TAGS)
-
-        def piece(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
-        by_name = dict(zip(THREADWEAVER_TAGS, tag_ids.tolist(), strict=True))
-        line_break = piece("\n")
+        bound = bind_tags(tokenizer, THREADWEAVER_TAGS)
+        tags, line_break = bound.by_name, forced_ids(tokenizer, "\n")
         return cls(
-            tag_ids=tag_ids,
-            eos_id=end_of_text_id(tokenizer),
-            classes=token_classes(tokenizer, tag_ids),
+            tag_ids=bound.ids,
+            eos_id=bound.eos_id,
+            classes=bound.classes,
             fork_join=ForkJoinTokens(
-                spawn_trigger=by_name["</Outlines>"],
-                plans_open=by_name["<Outlines>"],
-                plan_open=by_name["<Outline>"],
-                thread_stop=by_name["</Thread>"],
+                spawn_trigger=tags["</Outlines>"],
+                plans_open=tags["<Outlines>"],
+                plan_open=tags["<Outline>"],
+                thread_stop=tags["</Thread>"],
                 fork=line_break,
-                header_prefix=(by_name["<Thread>"], *line_break),
-                header_suffix=piece(":"),
-                thread_close=(*line_break, by_name["</Thread>"]),
+                header_prefix=(tags["<Thread>"], *line_break),
+                header_suffix=forced_ids(tokenizer, ":"),
+                thread_close=(*line_break, tags["</Thread>"]),
                 join=line_break,
             ),
         )

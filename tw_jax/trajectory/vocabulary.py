@@ -1,6 +1,7 @@
 """Facts about a tokenizer's vocabulary that a schema needs to read structure from token ids."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,29 @@ from tw_jax.errors import UserError
 from tw_jax.trajectory.schema import TokenClasses
 
 
-def control_token_ids(tokenizer: Any, tags: Sequence[str]) -> Int32[np.ndarray, "tags"]:
-    """Ids of the control tags.
+@dataclasses.dataclass(frozen=True)
+class BoundTags:
+    """A schema's tags in a tokenizer, and what else the schema asks of it.
+
+    Attributes:
+      ids: ids of the tags, in order.
+      by_name: the same by tag.
+      eos_id: id of the end-of-text token.
+      classes: facts about every id.
+    """
+
+    ids: Int32[np.ndarray, "tags"]
+    by_name: dict[str, int]
+    eos_id: int
+    classes: TokenClasses
+
+
+def bind_tags(tokenizer: Any, tags: Sequence[str]) -> BoundTags:
+    """Looks up a schema's tags.
 
     Raises:
-      UserError: a tag is not a single special token of the tokenizer.
+      UserError: a tag is not a single special token of the tokenizer, or there is no end-of-text
+        token.
     """
     ids = [tokenizer.convert_tokens_to_ids(tag) for tag in tags]
     unknown = tokenizer.convert_tokens_to_ids(tokenizer.unk_token) if tokenizer.unk_token else None
@@ -25,18 +44,20 @@ def control_token_ids(tokenizer: Any, tags: Sequence[str]) -> Int32[np.ndarray, 
             f"the tokenizer does not hold the control tags {', '.join(missing)}; "
             "`tw-jax import` adds them to tokenizer and model"
         )
-    return np.asarray(ids, np.int32)
-
-
-def end_of_text_id(tokenizer: Any) -> int:
-    """Id of the end-of-text token.
-
-    Raises:
-      UserError: the tokenizer has none.
-    """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token (eos_token)")
-    return int(tokenizer.eos_token_id)
+    tag_ids = np.asarray(ids, np.int32)
+    return BoundTags(
+        ids=tag_ids,
+        by_name=dict(zip(tags, tag_ids.tolist(), strict=True)),
+        eos_id=int(tokenizer.eos_token_id),
+        classes=_token_classes(tokenizer, tag_ids),
+    )
+
+
+def forced_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Ids of a piece of forced text."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def add_control_tokens(
@@ -73,7 +94,7 @@ def ids_needed(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def token_classes(tokenizer: Any, tag_ids: Int32[np.ndarray, "tags"]) -> TokenClasses:
+def _token_classes(tokenizer: Any, tag_ids: Int32[np.ndarray, "tags"]) -> TokenClasses:
     """Classifies every id of the vocabulary by the text it decodes to. One pass, O(vocab)."""
     vocab = len(tokenizer)
     pieces = tokenizer.batch_decode(
