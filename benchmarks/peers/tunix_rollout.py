@@ -12,10 +12,9 @@ import sys
 import time
 
 from tunix.generate.sampler import CacheConfig, Sampler
-from tunix.models.qwen3.model import ModelConfig
-from tunix.models.qwen3.params import create_model_from_safe_tensors
 
 from benchmarks.blocks import answer, asked_blocks
+from benchmarks.peers.tunix_model import load_model
 
 
 class NumberTokenizer:
@@ -44,21 +43,7 @@ def main(folder: pathlib.Path) -> None:
     """Runs the workload as often as asked on standard input."""
     workload = json.loads((folder / "workload.json").read_text())
     shape = workload["shape"]
-    model = create_model_from_safe_tensors(
-        str(folder / "weights"),
-        ModelConfig(
-            num_layers=shape["num_hidden_layers"],
-            vocab_size=shape["vocab_size"],
-            embed_dim=shape["hidden_size"],
-            hidden_dim=shape["intermediate_size"],
-            num_heads=shape["num_attention_heads"],
-            head_dim=shape["head_dim"],
-            num_kv_heads=shape["num_key_value_heads"],
-            rope_theta=int(shape["rope_theta"]),
-            norm_eps=shape["rms_norm_eps"],
-            use_tied_embedding=True,
-        ),
-    )
+    model = load_model(folder / "weights", shape)
     tokenizer = NumberTokenizer(workload["bos_id"], workload["eos_id"], workload["pad_id"])
     cache = CacheConfig(
         cache_size=workload["context_len"],

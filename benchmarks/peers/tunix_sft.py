@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tunix.models.qwen3.model import ModelConfig
-from tunix.models.qwen3.params import create_model_from_safe_tensors
 from tunix.sft import utils as tunix_inputs
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 from benchmarks.blocks import answer, asked_blocks
+from benchmarks.peers.tunix_model import load_model
 
 
 def model_input(batch: TrainingInput) -> dict:
@@ -43,21 +42,7 @@ def main(folder: pathlib.Path) -> None:
     shape = json.loads((folder / "shape.json").read_text())
     settings = json.loads((folder / "optimizer.json").read_text())
     tokens = np.load(folder / "tokens.npy")
-    model = create_model_from_safe_tensors(
-        str(folder / "weights"),
-        ModelConfig(
-            num_layers=shape["num_hidden_layers"],
-            vocab_size=shape["vocab_size"],
-            embed_dim=shape["hidden_size"],
-            hidden_dim=shape["intermediate_size"],
-            num_heads=shape["num_attention_heads"],
-            head_dim=shape["head_dim"],
-            num_kv_heads=shape["num_key_value_heads"],
-            rope_theta=int(shape["rope_theta"]),
-            norm_eps=shape["rms_norm_eps"],
-            use_tied_embedding=True,
-        ),
-    )
+    model = load_model(folder / "weights", shape)
     optimizer = optax.chain(
         optax.clip_by_global_norm(settings["clip_norm"]),
         optax.adamw(

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from tests.rollout.scenarios import LOOP, named_requests, plans, request
-from tests.rollout.small_world import CONFIG, make_model, make_schema
+from tests.rollout.small_world import make_model, make_schema
+from tests.rollout.tiny_language import CONFIG
 from tw_jax.errors import UserError
 from tw_jax.models import Params, Qwen3Config, graphdef, init_params
 from tw_jax.models.config import MixtureOfExperts

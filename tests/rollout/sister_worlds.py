@@ -1,22 +1,13 @@
-"""Tiny languages of the native and APR schemas, each with a model that speaks it.
-
-Like small_world.py: the model's head holds a table of which token likes to follow which; random
-layers perturb it, so every logit depends on the whole context and its positions.
-"""
+"""Tiny languages of the native and APR schemas, each with a model that speaks it."""
 
 import dataclasses
 import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from tests.rollout.small_world import CONFIG
-from tw_jax.models import graphdef, init_params
+from tests.rollout.tiny_language import classes_of, ids_among, model_that_likes, pieces_with
 from tw_jax.trajectory.apr import APR_TAGS, AprSchema
 from tw_jax.trajectory.native import NATIVE_TAGS, NativeSchema
-from tw_jax.trajectory.schema import ForkJoinTokens, Schema, TokenClasses
+from tw_jax.trajectory.schema import ForkJoinTokens, Schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +34,12 @@ class World:
 
 @functools.cache
 def native_world() -> World:
-    pieces = _pieces(NATIVE_TAGS)
+    pieces = pieces_with(NATIVE_TAGS)
     line_break, colon = pieces.index("\n"), pieces.index(":")
     schema = NativeSchema(
-        tag_ids=_ids(pieces, NATIVE_TAGS),
+        tag_ids=ids_among(pieces, NATIVE_TAGS),
         eos_id=pieces.index("<eos>"),
-        classes=_classes(pieces, NATIVE_TAGS),
+        classes=classes_of(pieces, NATIVE_TAGS),
         fork_join=ForkJoinTokens(
             spawn_trigger=pieces.index("</guideline>"),
             plans_open=pieces.index("<guideline>"),
@@ -80,17 +71,17 @@ def native_world() -> World:
     for letter in "abcdef":
         likes[letter] = {"</step>": 3.5, "<guideline>": 4, "<eos>": 2.5, "</guideline>": 2}
         likes[letter] |= {" ": 2, "a": 1, "b": 1, "\n": 1}
-    return World(pieces, schema, *_model(pieces, likes))
+    return World(pieces, schema, *model_that_likes(pieces, likes))
 
 
 @functools.cache
 def apr_world() -> World:
-    pieces = _pieces(APR_TAGS)
+    pieces = pieces_with(APR_TAGS)
     line_break, join = pieces.index("\n"), pieces.index("<Join>")
     schema = AprSchema(
-        tag_ids=_ids(pieces, APR_TAGS),
+        tag_ids=ids_among(pieces, APR_TAGS),
         eos_id=pieces.index("<eos>"),
-        classes=_classes(pieces, APR_TAGS),
+        classes=classes_of(pieces, APR_TAGS),
         fork_join=ForkJoinTokens(
             spawn_trigger=pieces.index("</Spawn>"),
             plans_open=pieces.index("<Spawn>"),
@@ -124,48 +115,4 @@ def apr_world() -> World:
     for letter in "abcdef":
         likes[letter] = {"<Join>": 3.5, "</Join>": 2.5, "<Spawn>": 3, "<eos>": 1, "</Message>": 3}
         likes[letter] |= {" ": 3, "a": 2, "b": 2, "\n": 2}
-    return World(pieces, schema, *_model(pieces, likes))
-
-
-def _pieces(tags) -> tuple[str, ...]:
-    return ("<bos>", "<eos>", *tags, "\n", " ", ":", ".", *"0123", *"abcdef")
-
-
-def _ids(pieces, tags) -> np.ndarray:
-    return np.array([pieces.index(tag) for tag in tags], np.int32)
-
-
-def _classes(names, tags) -> TokenClasses:
-    tag = np.full(len(names), -1, np.int8)
-    tag[_ids(names, tags)] = np.arange(len(tags))
-    pieces = np.array(names)
-    return TokenClasses(
-        digit=np.array([int(p) if p in "0123" else -1 for p in names], np.int8),
-        dot=pieces == ".",
-        colon=pieces == ":",
-        space=(pieces == " ") | (pieces == "\n"),
-        line_break=pieces == "\n",
-        line_end=pieces == "\n",
-        space_start=pieces == " ",
-        tag=tag,
-    )
-
-
-def _model(pieces, likes) -> tuple[Any, Any]:
-    """(graphdef, params) of a model that follows the table of likes, loosely."""
-    vocab = len(pieces)
-    config = dataclasses.replace(CONFIG, vocab_size=vocab)
-    table = np.zeros((vocab, vocab), np.float32)
-    for before, row in likes.items():
-        for after, value in row.items():
-            table[pieces.index(before), pieces.index(after)] = 1.5 * value
-    params = init_params(config, seed=3)
-    rng = np.random.default_rng(0)
-    embedding = rng.normal(size=(vocab, config.hidden_size)).astype(np.float32)
-    embedding[:, :vocab] = 16 * np.eye(vocab)
-    head = rng.normal(size=(config.hidden_size, vocab)).astype(np.float32) * 0.3
-    # The final norm leaves a one-hot of about sqrt(hidden); the table is scaled to logits.
-    head[:vocab] += table / np.sqrt(config.hidden_size)
-    params["embed_tokens"]["embedding"] = jnp.asarray(embedding)
-    params["lm_head"]["kernel"] = jnp.asarray(head)
-    return graphdef(config), jax.tree.map(jnp.asarray, params)
+    return World(pieces, schema, *model_that_likes(pieces, likes))

@@ -5,6 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.rollout.oracle_runs import (
+    SCHEDULES,
+    assert_same_logprobs,
+    assert_same_rollout,
+    played,
+)
+from tests.rollout.page_checker import check_idle_pages
 from tests.rollout.scenarios import ENGINE
 from tests.rollout.sister_scenarios import apr_messages, apr_scenarios, request
 from tests.rollout.sister_worlds import apr_world
@@ -12,30 +19,14 @@ from tw_jax.errors import UserError
 from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.live_text import finished_text
 
-SCHEDULES = {
-    "roomy": dataclasses.replace(ENGINE, page_size=24),
-    "late spawn, tiny chunks": dataclasses.replace(
-        ENGINE, rows=3, requests=3, prefill_rows=1, prefill_chunk=3, steps_per_dispatch=7
-    ),
-    "deterministic": dataclasses.replace(ENGINE, deterministic=True),
-}
-
 
 @pytest.fixture(scope="module", params=SCHEDULES, ids=list(SCHEDULES))
 def run(request):
     """(oracle rollouts and trajectories, engine rollouts) by name, for one schedule."""
     requests, expected = apr_scenarios()
     world = apr_world()
-    engine = RolloutEngine(world.graphdef, world.schema, SCHEDULES[request.param])
-    names = np.random.default_rng(len(request.param)).permutation(list(requests)).tolist()
-    rollouts = engine.generate(world.params, [requests[name] for name in names])
-    assert_all_free(engine.state)
-    return expected, dict(zip(names, rollouts, strict=True))
-
-
-def assert_all_free(state):
-    assert not np.asarray(state.rows.live).any(), "a row leaked"
-    assert not np.asarray(state.pages.references).any(), "a page leaked"
+    rollouts = played(world.graphdef, world.params, world.schema, requests, request.param)
+    return expected, rollouts
 
 
 def test_tokens_units_and_spans_equal_the_oracle(run):
@@ -43,31 +34,17 @@ def test_tokens_units_and_spans_equal_the_oracle(run):
     opening = apr_world().schema.fork_join.plans_open
     for name, (oracle, trajectory) in expected.items():
         rollout = rollouts[name]
-        assert rollout.trajectory.tokens.tolist() == list(oracle.tokens), name
-        assert rollout.finish_reason == oracle.reason, name
-        assert rollout.critical_path == oracle.critical_path, name
+        assert_same_rollout(name, rollout, oracle)
         for ours, theirs in zip(rollout.trajectory.blocks, trajectory.blocks, strict=True):
             assert rollout.trajectory.tokens[ours.start] == opening, name
             # The controller's blocks begin at their first message.
             assert dataclasses.replace(ours, start=theirs.start) == theirs, name
-        engine_units = [
-            (u.kind, u.block, u.thread, u.context_len, u.completion.tolist(), u.finish_reason)
-            for u in rollout.units
-        ]
-        oracle_units = [
-            (u.kind, u.block, u.thread, len(u.context), list(u.completion), u.reason)
-            for u in oracle.units
-        ]
-        assert engine_units == oracle_units, name
 
 
 def test_logprobs_equal_the_oracle(run):
     expected, rollouts = run
     for name, (oracle, _) in expected.items():
-        for ours, theirs in zip(rollouts[name].units, oracle.units, strict=True):
-            np.testing.assert_allclose(
-                ours.logprobs, np.float32(theirs.logprobs), atol=1e-4, rtol=0, err_msg=name
-            )
+        assert_same_logprobs(name, rollouts[name], oracle)
 
 
 def test_units_lie_where_they_say_and_descend_from_segments(run):
@@ -142,7 +119,7 @@ def test_a_cancelled_rollout_keeps_the_threads_that_have_joined(few_steps):
         for ours, theirs in zip(rollout.trajectory.blocks, whole.blocks, strict=False):
             assert ours.threads == theirs.threads[: len(ours.threads)]
         cut += rollout.finish_reason == "cancelled" and len(rollout.trajectory.blocks) == 1
-        assert_all_free(few_steps.state)
+        check_idle_pages(few_steps)
     assert cut, "some were cancelled behind a join"
 
 
@@ -174,7 +151,7 @@ def test_a_rollout_ends_when_its_archive_is_full():
         assert rollout.finish_reason in ("length", "context")
         assert rollout.units[-1].kind == "segment"
     assert full, "an archive was full"
-    assert_all_free(engine.state)
+    check_idle_pages(engine)
 
 
 def test_one_thread_needs_a_row_of_its_own():

@@ -19,7 +19,8 @@ from tests.rollout.scenarios import (
     scenarios,
     small_requests,
 )
-from tests.rollout.small_world import CONFIG, ID, ids, make_model, make_schema
+from tests.rollout.small_world import ID, ids, make_model, make_schema
+from tests.rollout.tiny_language import CONFIG
 from tw_jax.errors import UserError
 from tw_jax.models import graphdef
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine

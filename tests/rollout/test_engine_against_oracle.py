@@ -1,63 +1,37 @@
 """The engine agrees with the plain host-driven controller, token for token, in any schedule."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from tests.rollout.page_checker import check_idle_pages
-from tests.rollout.scenarios import ENGINE, scenarios
+from tests.rollout.oracle_runs import (
+    SCHEDULES,
+    assert_same_logprobs,
+    assert_same_rollout,
+    played,
+)
+from tests.rollout.scenarios import scenarios
 from tests.rollout.small_world import make_model, make_schema, text_of
-from tw_jax.rollout.engine import RolloutEngine
-
-SCHEDULES = {
-    "roomy": ENGINE,
-    "late spawn, tiny chunks": dataclasses.replace(
-        ENGINE, rows=3, requests=3, prefill_rows=1, prefill_chunk=3, steps_per_dispatch=7
-    ),
-    "deterministic": dataclasses.replace(ENGINE, deterministic=True),
-}
 
 
 @pytest.fixture(scope="module", params=SCHEDULES, ids=list(SCHEDULES))
 def run(request):
     """(requests, oracle rollouts, engine rollouts) by name, for one schedule."""
     requests, expected = scenarios()
-    graphdef, params = make_model()
-    engine = RolloutEngine(graphdef, make_schema(), SCHEDULES[request.param])
-    # Another order of admission in each schedule.
-    names = np.random.default_rng(len(request.param)).permutation(list(requests)).tolist()
-    rollouts = engine.generate(params, [requests[name] for name in names])
-    check_idle_pages(engine)
-    return requests, expected, dict(zip(names, rollouts, strict=True))
+    rollouts = played(*make_model(), make_schema(), requests, request.param)
+    return requests, expected, rollouts
 
 
 def test_tokens_and_units_equal_the_oracle(run):
     _, expected, rollouts = run
     for name, oracle in expected.items():
-        rollout = rollouts[name]
-        assert text_of(rollout.trajectory.tokens) == text_of(oracle.tokens), name
-        assert rollout.finish_reason == oracle.reason, name
-        assert rollout.duplicate_outlines == oracle.duplicates, name
-        assert rollout.critical_path == oracle.critical_path, name
-        engine_units = [
-            (u.kind, u.block, u.thread, u.context_len, u.completion.tolist(), u.finish_reason)
-            for u in rollout.units
-        ]
-        oracle_units = [
-            (u.kind, u.block, u.thread, len(u.context), u.completion, u.reason)
-            for u in oracle.units
-        ]
-        assert engine_units == oracle_units, name
+        assert text_of(rollouts[name].trajectory.tokens) == text_of(oracle.tokens), name
+        assert_same_rollout(name, rollouts[name], oracle)
 
 
 def test_logprobs_equal_the_oracle(run):
     _, expected, rollouts = run
     for name, oracle in expected.items():
-        for ours, theirs in zip(rollouts[name].units, oracle.units, strict=True):
-            np.testing.assert_allclose(
-                ours.logprobs, np.float32(theirs.logprobs), atol=1e-4, rtol=0, err_msg=name
-            )
+        assert_same_logprobs(name, rollouts[name], oracle)
 
 
 def test_units_partition_the_sampled_tokens(run):

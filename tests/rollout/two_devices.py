@@ -15,8 +15,9 @@ if __name__ == "__main__":
 import jax
 
 from tests.rollout.sessions import run, tokens
-from tests.rollout.small_world import CONFIG, make_model, make_schema
+from tests.rollout.small_world import make_model, make_schema
 from tests.rollout.test_schedules import BASE, SCHEDULES, mixed_requests
+from tests.rollout.tiny_language import CONFIG
 from tw_jax.models.param_shardings import param_shardings
 from tw_jax.parallel import ParallelConfig, make_layout
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine

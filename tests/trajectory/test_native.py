@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.native_oracle import positions_and_steps
 from tests.random_trajectories import encode, native_block, random_texts, random_trajectories
+from tests.trajectory.spelling import decode, ids_of
 from tw_jax.trajectory.metrics import total_tokens
 from tw_jax.trajectory.trajectory import Trajectory
 from tw_jax.trajectory.trie import TokenKind
@@ -24,14 +25,6 @@ def tokenizer(languages):
 @pytest.fixture(scope="session")
 def schema(languages):
     return languages["native"][1]
-
-
-def ids_of(tokenizer, text):
-    return np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32)
-
-
-def decode(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @given(text=random_texts())

@@ -6,17 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.random_trajectories import canonical_block, encode, random_texts
+from tests.trajectory.spelling import decode, ids_of
 from tw_jax.trajectory.trajectory import Trajectory
 
 GOOD = canonical_block((("a", "xx"), ("b", "yyy")))
-
-
-def ids_of(tokenizer, text):
-    return np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32)
-
-
-def decode(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @given(text=random_texts())

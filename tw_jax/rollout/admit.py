@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from tw_jax.rollout.advance import end_segments, split_spawns
-from tw_jax.rollout.lanes import release_pages
 from tw_jax.rollout.outlines import read_token
+from tw_jax.rollout.page_events import release_pages
 from tw_jax.rollout.pages import release, share
 from tw_jax.rollout.program import Program
 from tw_jax.rollout.request import Request

@@ -23,15 +23,10 @@ from tw_jax.models import Qwen3
 from tw_jax.rollout.finish import finish_requests
 from tw_jax.rollout.gather_kv import close_threads
 from tw_jax.rollout.join import join_threads
-from tw_jax.rollout.lanes import (
-    adopt_prefixes,
-    assign_pages,
-    decode_lane,
-    prefill_lane,
-    release_pages,
-)
+from tw_jax.rollout.lanes import decode_lane, prefill_lane
 from tw_jax.rollout.network import Network, Weights
 from tw_jax.rollout.outlines import read_token
+from tw_jax.rollout.page_events import adopt_prefixes, assign_pages, release_pages
 from tw_jax.rollout.program import Program
 from tw_jax.rollout.spawn import block_fits, open_blocks, spawn_threads
 from tw_jax.rollout.state import (

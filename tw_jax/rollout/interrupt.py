@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from tw_jax.rollout.finish import finish_requests
-from tw_jax.rollout.lanes import release_pages
+from tw_jax.rollout.page_events import release_pages
 from tw_jax.rollout.program import Program
 from tw_jax.rollout.state import SEGMENT, THREADS, EngineState
 

@@ -16,8 +16,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from tw_jax.rollout.finish import record_segment
-from tw_jax.rollout.lanes import share_line
 from tw_jax.rollout.messages import ANSWER_TAGS, open_messages, start_thread
+from tw_jax.rollout.page_events import share_line
 from tw_jax.rollout.program import Program
 from tw_jax.rollout.sampling import unit_number
 from tw_jax.rollout.state import THREADS, EngineState
@@ -52,14 +52,21 @@ def block_fits(program: Program, state: EngineState) -> Bool[Array, "requests"]:
 
 
 def spawn_threads(program: Program, state: EngineState) -> EngineState:
-    """Gives free rows to threads that wait for one, those of older requests first."""
+    """Gives free rows to threads that wait for one.
+
+    Requests whose join is nearest come first: those with the fewest threads left to start, and of
+    them the oldest. Nobody starves: new requests enter between dispatches, when rows are free, and
+    none is free while a thread only lacks one.
+    """
 
     def wanted(state):
         return _spawnable(program, state) & ~state.rows.live.all()
 
     def body(state):
-        last = jnp.iinfo(jnp.int32).max
-        slot = jnp.argmin(jnp.where(wanted(state), state.requests.ticket, last))
+        most = jnp.iinfo(jnp.int32).max
+        left = state.threads.count - state.threads.next_spawn
+        left = jnp.where(wanted(state), left, most)
+        slot = jnp.argmin(jnp.where(left == left.min(), state.requests.ticket, most))
         return _spawn_thread(program, state, slot)
 
     return lax.while_loop(lambda state: wanted(state).any(), body, state)

@@ -115,7 +115,7 @@ class Requests(_Table):
 
     Attributes:
       phase: FREE, SEGMENT, THREADS or FINISHED.
-      ticket: order of admission; older requests get free rows first.
+      ticket: order of admission; of requests equally near their join, the oldest gets a free row.
       row: the row of the sequential text and of each block's thread 1.
       key: noise key of the request.
       prompt_len: tokens of the prompt.
