@@ -1,5 +1,7 @@
 """Fixtures that the whole suite shares."""
 
+import os
+
 import hypothesis
 import pytest
 
@@ -7,8 +9,9 @@ from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.trajectory.schemas import make_schema, schema_tags
 from tw_jax.trajectory.vocabulary import add_control_tokens
 
-# Compilation makes single examples slow; a deadline would only measure the machine.
-hypothesis.settings.register_profile("tw_jax", deadline=None)
+# Compilation makes single examples slow; a deadline would only measure the machine. Continuous
+# integration judges the same code the same way each time; at a desk every run looks further.
+hypothesis.settings.register_profile("tw_jax", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("tw_jax")
 
 

@@ -17,6 +17,7 @@ from tw_jax.kernels.column_cache import (
     cache_layout,
     copy_page,
     empty_cache,
+    keep_pages,
     write_tokens,
 )
 
@@ -33,12 +34,30 @@ plan_of = jax.jit(plan_reads, static_argnums=2, static_argnames="same_bits")
 
 @dataclasses.dataclass
 class Filled:
-    """A cache and the tokens of its lines, `[layers, lines, length, kv_heads, dim]`."""
+    """A cache and the tokens of its lines, `[layers, lines, length, kv_heads, dim]`.
+
+    All lines are rows in it, until it is read: then those behind ROWS are kept prefixes.
+    """
 
     cache: ColumnCache
     table: np.ndarray
     k: np.ndarray
     v: np.ndarray
+
+
+def split(cache: ColumnCache) -> ColumnCache:
+    """The lines behind the rows as kept prefixes."""
+
+    def parts(layers, rows):
+        return tuple(tuple(column[rows] for column in layer) for layer in layers)
+
+    own, kept = slice(ROWS), slice(ROWS, None)
+    return ColumnCache(
+        keys=parts(cache.keys, own),
+        values=parts(cache.values, own),
+        kept_keys=parts(cache.keys, kept),
+        kept_values=parts(cache.values, kept),
+    )
 
 
 def stale_cache(dtype=jnp.float32) -> ColumnCache:
@@ -110,7 +129,7 @@ def attended(filled: Filled, lengths, q, layer=0, *, rows=ROWS, front=False, sam
     if front:
         plan = in_front(plan)
     positions = np.maximum(lengths - 1, 0)
-    return np.asarray(rows_attend(q, filled.cache, layer, table, positions, plan))
+    return np.asarray(rows_attend(q, split(filled.cache), layer, table, positions, plan))
 
 
 def assert_rows(out, filled, lengths, q, layer=0, atol=EXACT):
@@ -140,7 +159,7 @@ def test_layout_holds_the_context(context_len):
 @pytest.mark.parametrize("seed", range(3))
 def test_one_query_per_row_wherever_its_pages_are(lengths, seed):
     rng = np.random.default_rng(seed)
-    # Line 6 lies behind the rows: a kept prefix.
+    # Line 6 is a kept prefix.
     shared = {1: (0, 1), 3: (6, 2), 4: (3, 2)} if seed else {}
     # A page is shared only where both lines have filled it.
     for line, (source, count) in list(shared.items()):
@@ -167,7 +186,9 @@ def test_the_first_rows_alone():
     filled, q = fill(in_their_places(), lengths), queries()
     table, lengths_ = filled.table[:ROWS], np.array(lengths, np.int32)
     plan = in_front(plan_of(table, lengths_, PAGE))
-    out = rows_attend(q[:3], filled.cache, 0, table[:3], np.maximum(lengths_[:3] - 1, 0), plan)
+    out = rows_attend(
+        q[:3], split(filled.cache), 0, table[:3], np.maximum(lengths_[:3] - 1, 0), plan
+    )
     assert_rows(out, filled, lengths[:3], q[:3])
 
 
@@ -225,7 +246,7 @@ def test_chunks(seed):
     q = queries(seed, 3, 5)
     longest = jnp.int32(positions.max() + 1)
     for layer in range(LAYERS):
-        out = chunks_attend(q, filled.cache, layer, filled.table[rows], positions, longest)
+        out = chunks_attend(q, split(filled.cache), layer, filled.table[rows], positions, longest)
         for chunk, row in enumerate(rows):
             for i in range(5):
                 expected = dense(
@@ -311,3 +332,24 @@ def test_copying_in_no_column_changes_nothing():
     filled = fill(in_their_places(), [LENGTH] * ROWS)
     copied = copy_page(filled.cache, jnp.int32(COLUMNS), jnp.int32(2), jnp.int32(0))
     assert same(copied, filled.cache)
+
+
+def test_pages_are_kept_and_copied_back():
+    """The first pages of a line, wherever they lie, in the place of a kept prefix."""
+    whole = fill(in_their_places(), [LENGTH] * ROWS).cache
+    cache = split(whole)
+    pages = np.array([3, 6, 1, 0], np.int32)  # the second one is kept already
+    kept = keep_pages(cache, pages, jnp.int32(0), jnp.int32(3))
+    assert same((kept.keys, kept.values), (cache.keys, cache.values))
+    every = [(whole.keys, cache.kept_keys, kept.kept_keys)]
+    every += [(whole.values, cache.kept_values, kept.kept_values)]
+    for lines, before, after in every:
+        for layer in range(LAYERS):
+            for column in range(COLUMNS):
+                found = after[layer][column]
+                origin = lines[layer][column][pages[column]]
+                assert same(found[0], origin if column < 3 else before[layer][column][0])
+                assert same(found[1], before[layer][column][1])
+    back = copy_page(kept, jnp.int32(2), jnp.int32(ROWS), jnp.int32(4))
+    assert same(back.keys[1][2][4], whole.keys[1][2][1])
+    assert same(back.keys[1][2][:4], whole.keys[1][2][:4])

@@ -1,6 +1,6 @@
 """Attention of decoding over the pages of a `column_cache`.
 
-Most lines read the page at their own index. A column in which all lines do is read where it lies,
+Most rows read the page at their own index. A column in which all rows do is read where it lies,
 one that has shared pages is gathered first, and one behind the end of the longest row is not read
 at all; which, is decided for each column in each step. The gather alone triples the memory
 traffic, and decoding on CPU is bound by it (a pool with all pages in one array, always gathered:
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from tw_jax.kernels.column_cache import ColumnCache
+from tw_jax.kernels.column_cache import ColumnCache, take_pages
 
 _MASKED = -1e30  # finite, so that a row with nothing visible gives no NaN
 # How a column is read.
@@ -108,44 +108,37 @@ def attend_rows(
       positions: position of each query.
       plan: `plan_reads` of the same table, or `in_front` of it.
     """
-    rows = len(q)
     keys, values = cache.keys[layer], cache.values[layer]
-    lines, kv_heads, _, page_size = keys[0].shape
+    pages, kv_heads, _, page_size = keys[0].shape
     grouped = _grouped(q[:, None], kv_heads, keys[0].dtype)
     ends = [(positions - index * page_size)[:, None] for index in range(len(keys))]
-    # A few lines behind the rows are read along, which is cheaper than a copy of the others.
-    read = lines if lines <= 2 * rows else rows
-    behind = ((0, read - rows), (0, 0), (0, 0), (0, 0))
-    all_rows = jnp.pad(grouped, behind)
-    all_ends = [jnp.pad(end, behind[:2]) for end in ends]
 
     def column(index: int) -> _Partial:
-        k, v, page = keys[index], values[index], table[:, index]
+        k, v = keys[index], values[index]
 
         def in_place():
-            part = _attend_page(all_rows, k[:read], v[:read], all_ends[index])
-            return jax.tree.map(lambda x: x[:rows], part)
+            return _attend_page(grouped, k, v, ends[index])
 
         def gather():
-            return _attend_page(grouped, k[page], v[page], ends[index])
+            page = table[:, index]
+            k_pages = take_pages(k, cache.kept_keys[layer][index], page)
+            v_pages = take_pages(v, cache.kept_values[layer][index], page)
+            return _attend_page(grouped, k_pages, v_pages, ends[index])
 
         def skip():
             return _nothing(grouped)
 
-        return lax.switch(plan.modes[index], [skip, in_place, gather])
+        # Some of the rows only are never read in place: see `in_front`.
+        return lax.switch(plan.modes[index], [skip, in_place if len(q) == pages else skip, gather])
 
     def column_by_column():
         return _merged([column(index) for index in range(len(keys))])
 
     def at_once(count: int):
-        def attend():
-            k, v = ([x[:read] for x in columns[:count]] for columns in (keys, values))
-            return _attend_pages(all_rows, k, v, all_ends[:count])[:rows]
+        return lambda: _attend_pages(grouped, keys[:count], values[:count], ends[:count])
 
-        return attend
-
-    branches = [column_by_column, *(at_once(count) for count in front_counts(len(keys)))]
-    mixed = lax.switch(plan.in_place, branches)
+    counts = front_counts(len(keys)) if len(q) == pages else ()
+    mixed = lax.switch(plan.in_place, [column_by_column, *map(at_once, counts)])
     return _ungrouped(mixed, q[:, None])[:, 0]
 
 
@@ -175,7 +168,9 @@ def attend_chunks(
 
         def gather(k=k, v=v, index=index):
             page = table[:, index]
-            return _attend_page(grouped, k[page], v[page], positions - index * page_size)
+            k_pages = take_pages(k, cache.kept_keys[layer][index], page)
+            v_pages = take_pages(v, cache.kept_values[layer][index], page)
+            return _attend_page(grouped, k_pages, v_pages, positions - index * page_size)
 
         def skip():
             return _nothing(grouped)

@@ -1,9 +1,10 @@
 """Keys and values in pages that lie in columns: the memory of decoding where there is no kernel.
 
 A page holds `page_size` positions of one line (a batch row, or a prefix that is kept). Column j is
-one array with the j-th pages of all lines, as many as there are lines, so there is always a page
-for a line that wants one. A page table says which page of each column a line reads; lines may
-share pages.
+one array with the j-th pages of all rows, as many as there are rows, so there is always a page
+for a row that wants one. A page table says which page of each column a line reads; lines may
+share pages. Kept prefixes have arrays of their own, so that any number of them costs rows nothing:
+their pages are numbered behind those of the rows, and are written only when a prefix is kept.
 
 Every layer first writes the new keys and values, then attends over the cache, itself included.
 That order is what keeps a decoding loop free of copies of the whole cache: were the writes left
@@ -28,20 +29,29 @@ class CacheLayout:
 
     Attributes:
       layers: transformer layers.
-      lines: lines of the page table, and pages of each column.
+      rows: rows of the batch, the first lines of the page table.
+      kept: kept prefixes, the other lines.
       columns: most pages of a line.
       page_size: positions per page.
     """
 
     layers: int
-    lines: int
+    rows: int
+    kept: int
     columns: int
     page_size: int
 
+    @property
+    def lines(self) -> int:
+        """Lines of the page table, and pages of each column."""
+        return self.rows + self.kept
 
-def cache_layout(layers: int, lines: int, context_len: int, page_size: int) -> CacheLayout:
+
+def cache_layout(
+    layers: int, rows: int, context_len: int, page_size: int, kept: int = 0
+) -> CacheLayout:
     """Layout whose lines hold at least `context_len` positions."""
-    return CacheLayout(layers, lines, -(-context_len // page_size), page_size)
+    return CacheLayout(layers, rows, kept, -(-context_len // page_size), page_size)
 
 
 @jax.tree_util.register_dataclass
@@ -50,25 +60,50 @@ class ColumnCache:
     """Keys and values of all layers, as one array per layer and column.
 
     Attributes:
-      keys: per layer, per column `[lines, kv_heads, dim, page_size]`.
-      values: per layer, per column `[lines, kv_heads, page_size, dim]`.
+      keys: of rows, per layer, per column `[rows, kv_heads, dim, page_size]`.
+      values: of rows, per layer, per column `[rows, kv_heads, page_size, dim]`.
+      kept_keys: of kept prefixes, likewise.
+      kept_values: of kept prefixes, likewise.
     """
 
-    keys: tuple[tuple[Float[Array, "lines kv_heads dim page"], ...], ...]
-    values: tuple[tuple[Float[Array, "lines kv_heads page dim"], ...], ...]
+    keys: tuple[tuple[Float[Array, "rows kv_heads dim page"], ...], ...]
+    values: tuple[tuple[Float[Array, "rows kv_heads page dim"], ...], ...]
+    kept_keys: tuple[tuple[Float[Array, "kept kv_heads dim page"], ...], ...]
+    kept_values: tuple[tuple[Float[Array, "kept kv_heads page dim"], ...], ...]
 
 
 def empty_cache(layout: CacheLayout, kv_heads: int, head_dim: int, dtype) -> ColumnCache:
     """A cache of zeros."""
 
-    def columns(*shape: int):
-        return tuple(
-            jnp.zeros((layout.lines, kv_heads, *shape), dtype) for _ in range(layout.columns)
-        )
+    def columns(pages: int, *shape: int):
+        column = (jnp.zeros((pages, kv_heads, *shape), dtype) for _ in range(layout.columns))
+        return tuple(column)
 
+    def layers(pages: int, *shape: int):
+        return tuple(columns(pages, *shape) for _ in range(layout.layers))
+
+    key, value = (head_dim, layout.page_size), (layout.page_size, head_dim)
     return ColumnCache(
-        keys=tuple(columns(head_dim, layout.page_size) for _ in range(layout.layers)),
-        values=tuple(columns(layout.page_size, head_dim) for _ in range(layout.layers)),
+        keys=layers(layout.rows, *key),
+        values=layers(layout.rows, *value),
+        kept_keys=layers(layout.kept, *key),
+        kept_values=layers(layout.kept, *value),
+    )
+
+
+def take_pages(
+    own: Float[Array, "rows a b c"], kept: Float[Array, "kept a b c"], page: Int32[Array, "*lines"]
+) -> Float[Array, "*lines a b c"]:
+    """Pages of one column by number: of rows, or behind them of kept prefixes."""
+    rows = len(own)
+    taken = own[jnp.minimum(page, rows - 1)]
+    if not len(kept):
+        return taken
+    is_kept = (page >= rows)[..., None, None, None]
+    return lax.cond(
+        is_kept.any(),
+        lambda: jnp.where(is_kept, kept[jnp.maximum(page - rows, 0)], taken),
+        lambda: taken,
     )
 
 
@@ -88,7 +123,7 @@ def write_tokens(
     Args:
       cache: the cache.
       layer: which layer's part of it.
-      table: the pages of each token's line.
+      table: the pages of each token's row; those of kept prefixes are not written.
       positions: place of each token in its line. No two valid tokens may share page and place.
       valid: tokens to write.
       k: keys.
@@ -97,7 +132,7 @@ def write_tokens(
         it drops. Only where attention over this layer follows; XLA would copy the cache else.
     """
     keys, values = list(cache.keys[layer]), list(cache.values[layer])
-    lines, _, _, page_size = keys[0].shape
+    rows, _, _, page_size = keys[0].shape
     column, offset = positions // page_size, positions % page_size
     k, v = k.astype(keys[0].dtype), v.astype(keys[0].dtype)
     # Whoever sees a token that is not finite gets NaN through its key. A value would reach those
@@ -106,7 +141,7 @@ def write_tokens(
     k, v = jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
     for index in range(len(keys)):
         here = valid & (column == index)
-        page = jnp.where(here, table[..., index], lines)
+        page = jnp.where(here, table[..., index], rows)
 
         def write(key, value, page=page):
             return (
@@ -120,7 +155,8 @@ def write_tokens(
             )
         else:
             keys[index], values[index] = write(keys[index], values[index])
-    return ColumnCache(
+    return dataclasses.replace(
+        cache,
         keys=(*cache.keys[:layer], tuple(keys), *cache.keys[layer + 1 :]),
         values=(*cache.values[:layer], tuple(values), *cache.values[layer + 1 :]),
     )
@@ -132,18 +168,56 @@ def copy_page(
     source: Int32[Array, ""],
     target: Int32[Array, ""],
 ) -> ColumnCache:
-    """Copies a page of one column in all layers; a column that does not exist copies nothing."""
+    """Copies a page of one column to a row's in all layers; a column that does not exist: none.
 
-    def copied(arrays):
+    Args:
+      cache: the cache.
+      column: its number.
+      source: a page of a row or a kept prefix.
+      target: a page of a row.
+    """
+
+    def copied(arrays, kept):
         return tuple(
             # A write that is dropped, not a branch: a branch that writes would copy the column.
-            array.at[jnp.where(column == index, target, len(array))].set(array[source], mode="drop")
-            for index, array in enumerate(arrays)
+            own.at[jnp.where(column == index, target, len(own))].set(
+                take_pages(own, other, source), mode="drop"
+            )
+            for index, (own, other) in enumerate(zip(arrays, kept, strict=True))
         )
 
-    return ColumnCache(
-        keys=tuple(copied(layer) for layer in cache.keys),
-        values=tuple(copied(layer) for layer in cache.values),
+    return dataclasses.replace(
+        cache,
+        keys=tuple(map(copied, cache.keys, cache.kept_keys)),
+        values=tuple(map(copied, cache.values, cache.kept_values)),
+    )
+
+
+def keep_pages(
+    cache: ColumnCache,
+    pages: Int32[Array, "columns"],
+    kept: Int32[Array, ""],
+    count: Int32[Array, ""],
+) -> ColumnCache:
+    """Copies the first pages of a line to those of a kept prefix, in all layers.
+
+    Args:
+      cache: the cache.
+      pages: of the line.
+      kept: number of the prefix.
+      count: pages to copy.
+    """
+
+    def copied(arrays, kept_arrays):
+        return tuple(
+            other.at[kept].set(jnp.where(index < count, take_pages(own, other, page), other[kept]))
+            for index, (own, other, page) in enumerate(zip(arrays, kept_arrays, pages, strict=True))
+        )
+
+    return dataclasses.replace(
+        cache,
+        kept_keys=tuple(map(copied, cache.keys, cache.kept_keys)),
+        kept_values=tuple(map(copied, cache.values, cache.kept_values)),
     )
 
 
@@ -159,7 +233,7 @@ def copy_tokens(
 
     Args:
       cache: the cache.
-      source: pages of the line to read.
+      source: pages of the row to read; its own where it is read.
       source_at: places in it.
       target: pages of the line to write; they hold nothing of what is read.
       target_at: places in it.

@@ -11,10 +11,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from tw_jax.kernels.column_cache import keep_pages
 from tw_jax.rollout.advance import end_segments, split_spawns
 from tw_jax.rollout.outlines import read_token
 from tw_jax.rollout.page_events import release_pages
-from tw_jax.rollout.pages import release, share
+from tw_jax.rollout.pages import keep, release
 from tw_jax.rollout.program import Program
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.sampling import unit_number
@@ -218,17 +219,28 @@ def _scripts(program: Program, state: EngineState, batch: Admission):
     return jnp.where(lines, batch.script.reshape(state.script.shape), state.script)
 
 
+def forget_prefixes(program: Program, state: EngineState) -> EngineState:
+    """Keeps no prefix any more; nothing may run."""
+    kept = jnp.arange(program.layout.lines) >= program.rows
+    return replace(state, pages=release(state.pages, kept))
+
+
 def keep_prefix(
     program: Program,
     state: EngineState,
     kept: Int32[Array, ""],
     slot: Int32[Array, ""],
     pages: Int32[Array, ""],
-) -> EngineState:
-    """Keeps the first full pages of a running request's text as a prefix, in place of another."""
-    line = program.rows + kept
-    table = release(state.pages, jnp.arange(program.layout.lines) == line)
-    return replace(state, pages=share(table, state.requests.row[slot], line, pages))
+) -> tuple[EngineState, Bool[Array, ""]]:
+    """Keeps the first full pages of a running request's text as a prefix, in place of another.
+
+    Returns:
+      The state, and whether it was done: not while a row shares what was kept before.
+    """
+    table, done = keep(state.pages, program.rows + kept, pages)
+    of_row = state.pages.pages[state.requests.row[slot]]
+    cache = keep_pages(state.cache, of_row, kept, jnp.where(done, pages, 0))
+    return replace(state, pages=table, cache=cache), done
 
 
 def _read_prefix(

@@ -22,7 +22,7 @@ from tw_jax.errors import UserError
 from tw_jax.kernels.column_cache import cache_layout
 from tw_jax.models import Params, Qwen3Config, check_positions
 from tw_jax.parallel.layout import Layout, on_mesh
-from tw_jax.rollout.admit import admit, harvest, keep_prefix
+from tw_jax.rollout.admit import admit, forget_prefixes, harvest, keep_prefix
 from tw_jax.rollout.advance import advance
 from tw_jax.rollout.controller import RowController
 from tw_jax.rollout.interrupt import interrupt_requests
@@ -171,7 +171,8 @@ class RolloutEngine:
         self.advance = jax.jit(run, donate_argnums=1, **state_and_report)
         self.weights = jax.jit(decoding_weights)
         self._new_state = jax.jit(functools.partial(new_state, program), **like_state)
-        self.keep_prefix = on_state(keep_prefix, like_state)
+        self.keep_prefix = on_state(keep_prefix, state_and_report)
+        self.forget_prefixes = on_state(forget_prefixes, like_state)
         self.admit = on_state(admit, like_state)
         self.interrupt = on_state(interrupt_requests, like_state)
         self.harvest = on_state(harvest, state_and_report)
@@ -305,9 +306,14 @@ def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None
 
 
 def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Program:
-    lines = config.rows + config.kept_prefixes
     return Program(
-        layout=cache_layout(model.num_hidden_layers, lines, config.context_len, config.page_len),
+        layout=cache_layout(
+            model.num_hidden_layers,
+            config.rows,
+            config.context_len,
+            config.page_len,
+            config.kept_prefixes,
+        ),
         rows=config.rows,
         kv_heads=model.num_key_value_heads,
         head_dim=model.head_dim,

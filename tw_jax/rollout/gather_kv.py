@@ -132,7 +132,9 @@ def adopt_tokens(
     page_size, chunk = program.layout.page_size, program.prefill_chunk
 
     pages = lax.while_loop(
-        lambda pages: pages.held[row] * page_size < end, lambda pages: grow(pages, row), state.pages
+        lambda pages: pages.held[row] * page_size < end,
+        lambda pages: grow(pages, row, program.rows),
+        state.pages,
     )
 
     def copy(carry):

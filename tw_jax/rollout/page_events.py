@@ -27,7 +27,9 @@ def assign_pages(program: Program, state: EngineState) -> EngineState:
     cache = state.cache
     state = lax.while_loop(
         lambda state: short(state).any(),
-        lambda state: replace(state, pages=grow(state.pages, jnp.argmax(short(state)))),
+        lambda state: replace(
+            state, pages=grow(state.pages, jnp.argmax(short(state)), program.rows)
+        ),
         replace(state, cache=None),
     )
     return replace(state, cache=cache)
@@ -36,7 +38,7 @@ def assign_pages(program: Program, state: EngineState) -> EngineState:
 def release_pages(program: Program, state: EngineState) -> EngineState:
     """Takes the pages of rows that have ended; who waited to share them goes on by itself."""
     ended = ~state.rows.live & (state.pages.held[: program.rows] > 0)
-    lines = jnp.pad(ended, (0, program.layout.lines - program.rows))
+    lines = jnp.pad(ended, (0, program.layout.kept))
     pages = lax.cond(ended.any(), lambda p: release(p, lines), lambda p: p, state.pages)
     rows = state.rows
     gone = (rows.source < program.rows) & ~rows.live[jnp.minimum(rows.source, program.rows - 1)]
@@ -58,7 +60,7 @@ def share_line(
     full = length // program.layout.page_size
     partial = length % program.layout.page_size > 0
     pages = share(state.pages, source, target, full)
-    own = grow(pages, target)
+    own = grow(pages, target, program.rows)
     pages = jax.tree.map(lambda a, b: jnp.where(partial, a, b), own, pages)
     column = jnp.where(partial, full, program.layout.columns)
     at = jnp.minimum(full, program.layout.columns - 1)

@@ -1,9 +1,10 @@
 """Which pages of the cache each line holds: taken, shared and released inside the jitted loop.
 
 A line is a batch row, or a prefix that is kept for later requests. Its j-th page lies in column j
-of the cache (`tw_jax.kernels.column_cache`). A column has as many pages as there are lines and a
-line holds at most one of them, so a page is always free for a line that wants one: nothing has to
-be reserved, and nothing can deadlock. A page is free when nobody refers to it.
+of the cache (`tw_jax.kernels.column_cache`). A column has as many pages for rows as there are rows
+and a row holds at most one of them, so a page is always free for a row that wants one: nothing has
+to be reserved, and nothing can deadlock. A page is free when nobody refers to it. The pages of kept
+prefixes are their own; rows share them but do not write to them.
 """
 
 import dataclasses
@@ -44,20 +45,39 @@ def new_table(layout: CacheLayout) -> PageTable:
     )
 
 
-def grow(table: PageTable, line: Scalar) -> PageTable:
-    """Gives a line its next page: the one at its own index if that is free, else the last free one.
+def grow(table: PageTable, row: Scalar, rows: int) -> PageTable:
+    """Gives a row its next page: the one at its own index if that is free, else any.
 
-    The last ones lie at the indices of kept prefixes, so no row takes another's.
+    Args:
+      table: the table.
+      row: the row.
+      rows: rows of the batch.
     """
-    column = table.held[line]
+    column = table.held[row]
     references = table.references[column]
-    last_free = len(references) - 1 - jnp.argmin(references[::-1])
-    page = jnp.where(references[line] == 0, line, last_free).astype(jnp.int32)
+    page = jnp.where(references[row] == 0, row, jnp.argmin(references[:rows])).astype(jnp.int32)
     return PageTable(
-        pages=table.pages.at[line, column].set(page),
-        held=table.held.at[line].add(1),
+        pages=table.pages.at[row, column].set(page),
+        held=table.held.at[row].add(1),
         references=table.references.at[column, page].set(1),
     )
+
+
+def keep(table: PageTable, line: Scalar, count: Scalar) -> tuple[PageTable, Bool[Array, ""]]:
+    """Gives a kept prefix the first `count` pages at its own index, in place of what it had.
+
+    Returns:
+      The table, and whether it was done: not while a row shares what it had.
+    """
+    columns = jnp.arange(table.pages.shape[1])
+    own = table.references[:, line]
+    done = (own == (columns < table.held[line])).all()
+    kept = PageTable(
+        pages=table.pages,
+        held=table.held.at[line].set(count),
+        references=table.references.at[:, line].set(columns < count),
+    )
+    return jax.tree.map(lambda a, b: jnp.where(done, a, b), kept, table), done
 
 
 def share(table: PageTable, source: Scalar, target: Scalar, count: Scalar) -> PageTable:

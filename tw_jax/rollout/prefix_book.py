@@ -28,7 +28,8 @@ class PrefixBook:
         """Starts with nothing known."""
         self._page_size = program.layout.page_size
         self._requests = program.requests
-        self._kept_count = program.layout.lines - program.rows
+        self._places = [*range(program.layout.kept)]  # free ones
+        self._keeps = bool(self._places)
         # Another split of a prompt into chunks may round differently.
         self._shares = not program.deterministic
         self._running: dict[int, Tokens] = {}
@@ -79,17 +80,22 @@ class PrefixBook:
                 del self._wanted[slot]
             elif cached[slot] >= len(tokens):
                 del self._wanted[slot]
-                if len(self._kept) < self._kept_count:
-                    place = len(self._kept)
-                else:
-                    place, _ = self._kept.popitem(last=False)[1]
+                if not self._places:
+                    self._places.append(self._kept.popitem(last=False)[1][0])
+                place = self._places.pop(0)
                 self._kept[key] = (place, tokens)
                 keeping.append((place, slot, len(tokens) // self._page_size))
         return keeping
 
+    def give_up(self, place: int) -> None:
+        """A prefix could not be kept: requests share what had the place before."""
+        for key in [key for key, (kept, _) in self._kept.items() if kept == place]:
+            del self._kept[key]
+        self._places.append(place)
+
     def _want(self, slot: int, prompt: Tokens) -> None:
         """Asks to keep the longest page-aligned beginning that has come up before."""
-        if not self._kept_count:
+        if not self._keeps:
             return
         best = None
         for key, end in self._beginnings(prompt):

@@ -75,12 +75,13 @@ class Session:
         self._first_step = int(state.step)
         self._spawning = False
         self._book = PrefixBook(engine.program)
-        # Interrupts nothing: it is compiled now, not at the first cancellation in a busy hour.
+        # The two that do nothing are compiled now, not in a busy hour.
         nothing = np.zeros(engine.config.requests, np.bool_)
         self.state = engine.interrupt(self.state, nothing, np.int32(CANCELLED))
-        # The book knows nothing of what the last session kept, perhaps for other parameters.
-        for kept in range(engine.config.kept_prefixes):
-            self.state = engine.keep_prefix(self.state, kept, 0, 0)
+        if engine.config.kept_prefixes:
+            # The book knows nothing of what the last session kept, perhaps for other parameters.
+            self.state = engine.forget_prefixes(self.state)
+            self.state, _ = engine.keep_prefix(self.state, 0, 0, 0)
         self._agreement = None
         if engine.placement is not None and engine.placement.spans_processes:
             self._agreement = Agreement(engine.placement)
@@ -191,7 +192,9 @@ class Session:
     def _keep_prefixes(self, cached: np.ndarray) -> None:
         """Keeps the beginnings of prompts that come again and again."""
         for kept, slot, pages in self._book.to_keep(cached):
-            self.state = self._engine.keep_prefix(self.state, kept, slot, pages)
+            self.state, done = self._engine.keep_prefix(self.state, kept, slot, pages)
+            if not done:
+                self._book.give_up(kept)
 
     def _end(self, tickets: set[int], reason: int) -> None:
         """Ends requests where they are: in the queue or in the engine."""
