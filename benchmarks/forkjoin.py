@@ -7,9 +7,12 @@ text in a sequential engine of one row, both in turns:
 - `wall_speedup_*`: seconds sequential over seconds in parallel, of medians; mean likewise.
 - `realised_gain_*`: (wall speedup - 1) / (token-latency speedup - 1).
 
+`*_100m` is bfloat16, the faster dtype there, and `*_100m_float32` and `*_tiny` are float32.
+
 The rest counts, and is in `benchmarks.forkjoin_counts`.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -50,7 +53,7 @@ def engines(model: Qwen3Config, plots: tuple[Plot, ...], context_len: int) -> li
                 max_threads=row_count,
                 max_blocks=blocks,
                 prefill_rows=min(row_count, 2),
-                prefill_chunk=32,
+                prefill_chunk=64,
                 steps_per_dispatch=context_len,
                 scripts=True,
             ),
@@ -122,6 +125,8 @@ def summarise(name: str, found: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Everything above, and `steps_per_critical_token`: engine steps over the critical path."""
-    found = measure_gain("100m", SMALL) | measure_gain("tiny", TINY)
+    half = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    found = measure_gain("100m", half) | measure_gain("100m_float32", SMALL)
+    found |= measure_gain("tiny", TINY)
     steps = [one["steps"] / one["critical_path"] for one in found["trajectories_100m"]]
     return found | {"steps_per_critical_token": max(steps)} | counts()

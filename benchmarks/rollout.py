@@ -9,11 +9,13 @@ compile before. Throughput counts the tokens that were asked for.
   of arrival, and each batch ends with its longest row; our engine has 16 rows (`ratio_mixed`: as
   much memory for keys and values) or 64 (`ratio_mixed_64_rows`) and refills them as they fall free.
 
-All is float32, which on CPU is the faster dtype of both sides. No request meets an end of text:
-the tokens that could end or pad a text have embeddings of zero, and a greedy choice among random
-logits is above zero. Torch keeps to one thread; two of its threads on a busy machine wait for each
-other actively and are several times slower. `equal_tokens` is the share of new tokens that both
-sides agree on: greedy texts part where two candidates tie but for rounding, and then for good.
+Where float32 and bfloat16 are both run, the ratio is that of each side's faster one, which
+`fastest_*` names, and `ratio_*_float32` and `ratio_*_bfloat16` compare like with like; all else is
+float32. No request meets an end of text: the tokens that could end or pad a text have embeddings
+of zero, and a greedy choice among random logits is above zero. Torch keeps to one thread; two of
+its threads on a busy machine wait for each other actively and are several times slower.
+`equal_tokens` is the share of new tokens that both sides agree on in float32: greedy texts part
+where two candidates tie but for rounding, and then for good.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ from tw_jax.tasks.character_tokenizer import load_tokenizer
 PROMPT_LEN = 32
 PEER_ROWS = 16  # batch of the peer
 MIXED_REQUESTS, MIXED_NEW = 256, (32, 512)
+BOTH = ("float32", "bfloat16")
 WARM_UP = 2  # a second call may compile again, for arrays that have found their device meanwhile
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -47,12 +50,14 @@ class Workload:
     Attributes:
       model: shape of the model.
       new_tokens: of each request.
+      dtypes: of the products and of what is stored between them, each side in each of them.
       engines: sizes of our engine, by the suffix of the ratio's name.
       turns: timed runs of each side.
     """
 
     model: Qwen3Config
     new_tokens: tuple[int, ...]
+    dtypes: tuple[str, ...]
     engines: dict[str, dict[str, int]]
     turns: int
 
@@ -69,15 +74,15 @@ def _engine(rows: int, prefill_rows: int) -> dict[str, int]:
 def workloads(peer: str) -> dict[str, Workload]:
     """What is measured against a peer, by the name of its ratio."""
     fixed = {"": _engine(PEER_ROWS, PEER_ROWS)}  # all prompts arrive at once
-    tiny = {"tiny": Workload(TINY, (256,) * PEER_ROWS, fixed, 7)}
     if peer == "hf":
-        return tiny
+        return {"tiny": Workload(TINY, (256,) * PEER_ROWS, BOTH, fixed, 7)}
     low, high = MIXED_NEW
     lengths = np.random.default_rng(0).integers(low, high + 1, MIXED_REQUESTS)
     mixed = {"": _engine(16, 2), "_64_rows": _engine(64, 4)}
-    return tiny | {
-        "100m": Workload(SMALL, (64,) * PEER_ROWS, fixed, 5),
-        "mixed": Workload(TINY, tuple(lengths.tolist()), mixed, 3),
+    return {
+        "tiny": Workload(TINY, (256,) * PEER_ROWS, BOTH[:1], fixed, 7),
+        "100m": Workload(SMALL, (64,) * PEER_ROWS, BOTH, fixed, 5),
+        "mixed": Workload(TINY, tuple(lengths.tolist()), BOTH[:1], mixed, 3),
     }
 
 
@@ -109,38 +114,61 @@ def measure(name: str, workload: Workload, peer: str) -> dict[str, Any]:
     """Times one workload; keys end in its name."""
     repository = pathlib.Path(__file__).parents[1]
     environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(repository)}
+    # The peer under the name None, our engines under the suffixes of their ratios.
+    sides = [(side, dtype) for side in (None, *workload.engines) for dtype in workload.dtypes]
     with tempfile.TemporaryDirectory(prefix="tw_jax_") as folder_name:
         folder = pathlib.Path(folder_name)
         prepare(folder, workload)
-        words = [[peer_python(peer), "-m", f"benchmarks.peers.{peer}_rollout", str(folder)]]
-        for sizes in workload.engines.values():
-            module = "benchmarks.rollout_worker"
-            words.append([sys.executable, "-m", module, str(folder), json.dumps(sizes)])
         workers = []
         try:
-            for index, command in enumerate(words):
+            for index, (side, dtype) in enumerate(sides):
+                if side is None:
+                    command = [peer_python(peer), "-m", f"benchmarks.peers.{peer}_rollout"]
+                    command += [str(folder), dtype]
+                else:
+                    sizes = json.dumps(workload.engines[side])
+                    command = [sys.executable, "-m", "benchmarks.rollout_worker"]
+                    command += [str(folder), dtype, sizes]
                 workers.append(Worker(command, environ, folder / f"{index}.log"))
             seconds = alternate(workers, warm_up=WARM_UP, blocks=workload.turns, steps=1)
-            theirs, *ours = (worker.ask("stop") for worker in workers)
+            ends = [worker.ask("stop") for worker in workers]
         finally:
             for worker in workers:
                 worker.close()
-    their_time, *our_times = map(summary, seconds)
+    times = dict(zip(sides, map(summary, seconds), strict=True))
+    return compared(name, workload, times, dict(zip(sides, ends, strict=True)))
+
+
+def compared(
+    name: str, workload: Workload, times: dict[Any, Any], ends: dict[Any, Any]
+) -> dict[str, Any]:
+    """Ratios and what they are made of, from the times of (side, dtype)."""
     tokens = sum(workload.new_tokens)
-    found: dict[str, Any] = {
-        f"peer_tokens_per_s_{name}": tokens / their_time["median_step_s"],
-        f"theirs_{name}": their_time | {"versions": theirs["versions"]},
-    }
-    for (suffix, sizes), our_time, one in zip(
-        workload.engines.items(), our_times, ours, strict=True
-    ):
-        key = name + suffix
-        found |= {
-            f"ratio_{key}": their_time["median_step_s"] / our_time["median_step_s"],
-            f"ours_tokens_per_s_{key}": tokens / our_time["median_step_s"],
-            f"equal_tokens_{key}": equal_share(one["tokens"], theirs["tokens"]),
-            f"ours_{key}": our_time | {"engine": sizes, "versions": one["versions"]},
-        }
+
+    def fastest(side: str | None) -> str:
+        return min(workload.dtypes, key=lambda dtype: median(side, dtype))
+
+    def median(side: str | None, dtype: str) -> float:
+        return times[side, dtype]["median_step_s"]
+
+    theirs = fastest(None)
+    found: dict[str, Any] = {f"peer_tokens_per_s_{name}": tokens / median(None, theirs)}
+    for dtype in workload.dtypes:
+        versions = {"versions": ends[None, dtype]["versions"]}
+        found[f"theirs_{name}_{dtype}"] = times[None, dtype] | versions
+    for side, sizes in workload.engines.items():
+        key, ours = name + side, fastest(side)
+        found[f"ratio_{key}"] = median(None, theirs) / median(side, ours)
+        found[f"ours_tokens_per_s_{key}"] = tokens / median(side, ours)
+        texts = (ends[s, "float32"]["tokens"] for s in (side, None))
+        found[f"equal_tokens_{key}"] = equal_share(*texts)
+        if len(workload.dtypes) > 1:
+            found[f"fastest_{key}"] = {"theirs": theirs, "ours": ours}
+        for dtype in workload.dtypes:
+            if len(workload.dtypes) > 1:
+                found[f"ratio_{key}_{dtype}"] = median(None, dtype) / median(side, dtype)
+            more = {"engine": sizes, "versions": ends[side, dtype]["versions"]}
+            found[f"ours_{key}_{dtype}"] = times[side, dtype] | more
     return found
 
 

@@ -1,6 +1,7 @@
 """Worker of `python -m benchmarks rollout`: our engine, with all requests given to it at once.
 
-The folder is the one that `benchmarks.rollout` prepared; the second word holds the engine's sizes.
+The folder is the one that `benchmarks.rollout` prepared; the other words are the dtype to compute
+in and the engine's sizes.
 """
 
 import importlib.metadata
@@ -20,10 +21,11 @@ from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.trajectory.schemas import make_schema
 
 
-def main(folder: pathlib.Path, sizes: dict[str, int]) -> None:
+def main(folder: pathlib.Path, dtype: str, sizes: dict[str, int]) -> None:
     """Runs the workload as often as asked on standard input."""
     workload = json.loads((folder / "workload.json").read_text())
-    config = Qwen3Config.from_dict(workload["shape"], origin="the benchmark")
+    shape = workload["shape"] | {"compute_dtype": dtype}
+    config = Qwen3Config.from_dict(shape, origin="the benchmark")
     params = load_params(str(folder / "weights"), config)
     engine = RolloutEngine(
         graphdef(config),
@@ -63,4 +65,4 @@ def main(folder: pathlib.Path, sizes: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

@@ -1,6 +1,6 @@
 """Worker of `python -m benchmarks rollout`: `generate` of transformers on torch, one thread.
 
-Runs with the folder that `benchmarks.rollout` prepared.
+Runs with the folder that `benchmarks.rollout` prepared, in the dtype that the second word names.
 """
 
 import importlib.metadata
@@ -15,11 +15,11 @@ from transformers import Qwen3ForCausalLM
 from benchmarks.blocks import answer, asked_blocks
 
 
-def main(folder: pathlib.Path) -> None:
+def main(folder: pathlib.Path, dtype: torch.dtype) -> None:
     """Runs the workload as often as asked on standard input."""
     torch.set_num_threads(1)
     workload = json.loads((folder / "workload.json").read_text())
-    model = Qwen3ForCausalLM.from_pretrained(folder / "weights", dtype=torch.float32).eval()
+    model = Qwen3ForCausalLM.from_pretrained(folder / "weights", dtype=dtype).eval()
     prompts, new_tokens = torch.tensor(workload["prompts"]), workload["new_tokens"]
     size, tokens = workload["batch"], []
     for count in asked_blocks():
@@ -45,4 +45,4 @@ def main(folder: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main(pathlib.Path(sys.argv[1]))
+        main(pathlib.Path(sys.argv[1]), getattr(torch, sys.argv[2]))

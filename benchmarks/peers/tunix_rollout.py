@@ -1,8 +1,9 @@
 """Worker of `python -m benchmarks rollout`: tunix's Sampler, batch after batch.
 
 Runs in the environment `benchmarks/peers/tunix`, from the repository, with the folder that
-`benchmarks.rollout` prepared. The cache is exactly as long as the longest text, and prompts have a
-power of two as their length, to which the sampler pads them: both are the best case for it.
+`benchmarks.rollout` prepared, in the dtype that the second word names. The cache is exactly as long
+as the longest text, and prompts have a power of two as their length, to which the sampler pads
+them: both are the best case for it.
 """
 
 import importlib.metadata
@@ -39,11 +40,11 @@ class NumberTokenizer:
         return self._pad_id
 
 
-def main(folder: pathlib.Path) -> None:
+def main(folder: pathlib.Path, dtype: str) -> None:
     """Runs the workload as often as asked on standard input."""
     workload = json.loads((folder / "workload.json").read_text())
     shape = workload["shape"]
-    model = load_model(folder / "weights", shape)
+    model = load_model(folder / "weights", shape, dtype)
     tokenizer = NumberTokenizer(workload["bos_id"], workload["eos_id"], workload["pad_id"])
     cache = CacheConfig(
         cache_size=workload["context_len"],
@@ -70,4 +71,4 @@ def main(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2])

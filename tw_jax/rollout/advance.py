@@ -24,7 +24,7 @@ from tw_jax.rollout.finish import finish_requests
 from tw_jax.rollout.gather_kv import close_threads
 from tw_jax.rollout.join import join_threads
 from tw_jax.rollout.lanes import decode_lane, prefill_lane
-from tw_jax.rollout.network import Network, Weights
+from tw_jax.rollout.network import Network
 from tw_jax.rollout.outlines import read_token
 from tw_jax.rollout.page_events import adopt_prefixes, assign_pages, release_pages
 from tw_jax.rollout.program import Program
@@ -39,6 +39,7 @@ from tw_jax.rollout.state import (
     THREAD_STOP,
     EngineState,
 )
+from tw_jax.rollout.weights import Weights
 
 # Steps without any row fed before the loop gives up: a spawn may need one to become feedable.
 MAX_IDLE_STEPS = 3

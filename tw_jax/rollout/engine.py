@@ -26,7 +26,6 @@ from tw_jax.rollout.admit import admit, forget_prefixes, harvest, keep_prefix
 from tw_jax.rollout.advance import advance
 from tw_jax.rollout.controller import RowController
 from tw_jax.rollout.interrupt import interrupt_requests
-from tw_jax.rollout.network import Weights, decoding_weights
 from tw_jax.rollout.outlines import outline_alphabet
 from tw_jax.rollout.placement import check_on_one_device, engine_placement, results
 from tw_jax.rollout.program import Program
@@ -37,6 +36,7 @@ from tw_jax.rollout.sampling_table import check_sampling
 from tw_jax.rollout.script import check_script
 from tw_jax.rollout.session import Session
 from tw_jax.rollout.state import EngineState, new_state
+from tw_jax.rollout.weights import Weights, decoding_weights
 from tw_jax.trajectory.schema import Schema
 
 OnFinish = Callable[[int, Rollout], None]
@@ -169,7 +169,13 @@ class RolloutEngine:
             return jax.jit(functools.partial(part, program), donate_argnums=0, **places)
 
         self.advance = jax.jit(run, donate_argnums=1, **state_and_report)
-        self.weights = jax.jit(decoding_weights)
+        self.weights = jax.jit(
+            functools.partial(
+                decoding_weights,
+                dtype=self._model_config.compute_dtype,
+                transpose=layout is None and _on_cpu(),
+            )
+        )
         self._new_state = jax.jit(functools.partial(new_state, program), **like_state)
         self.keep_prefix = on_state(keep_prefix, state_and_report)
         self.forget_prefixes = on_state(forget_prefixes, like_state)
@@ -305,6 +311,19 @@ def _check_fit(model: Qwen3Config, schema: Schema, config: EngineConfig) -> None
         )
 
 
+def _cache_dtype(model: Qwen3Config) -> jnp.dtype:
+    """Dtype of keys and values: that of the products, but float32 on CPU.
+
+    XLA's CPU backend has no bfloat16 scatter: it would convert all of a column there and back for
+    every token that is written.
+    """
+    return jnp.dtype(jnp.float32 if _on_cpu() else model.compute_dtype)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
 def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Program:
     return Program(
         layout=cache_layout(
@@ -317,7 +336,7 @@ def _program(model: Qwen3Config, schema: Schema, config: EngineConfig) -> Progra
         rows=config.rows,
         kv_heads=model.num_key_value_heads,
         head_dim=model.head_dim,
-        dtype=jnp.dtype(model.compute_dtype),
+        dtype=_cache_dtype(model),
         vocab=model.vocab_size,
         requests=config.requests,
         context_len=config.context_len,

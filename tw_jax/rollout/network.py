@@ -1,4 +1,4 @@
-"""The model as the rollout loop runs it: weights laid out for decoding, no rows in vain.
+"""The model as the rollout loop runs it: no rows in vain.
 
 A step of decoding costs nearly the same for one row as for four where reading the weights binds
 it, and four times as much where arithmetic does. So the dense parts of the layers run for the
@@ -14,34 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from tw_jax.models import Params, Qwen3, head_matrix, unstack_layers
+from tw_jax.models import Qwen3
+from tw_jax.rollout.weights import Weights
 
 # Each larger number of rows that is compiled for is this many times the one before.
 _BUCKET_STEP = 4
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Parameters as decoding reads them.
-
-    A layer sliced out of the stacked parameters inside the loop would be copied in every step.
-
-    Attributes:
-      params: as training has them, but with no layers in the stack.
-      layers: each layer's own.
-      head: `[hidden, vocab]`.
-    """
-
-    params: Params
-    layers: tuple[Params, ...]
-    head: Any
-
-
-def decoding_weights(params: Params) -> Weights:
-    """Lays parameters out for the loop; jit it."""
-    no_layers = jax.tree.map(lambda leaf: leaf[:0], params["layers"])
-    return Weights({**params, "layers": no_layers}, unstack_layers(params), head_matrix(params))
 
 
 def row_buckets(rows: int) -> tuple[int, ...]:

@@ -25,7 +25,6 @@ from tw_jax.rollout.advance import MAX_IDLE_STEPS
 from tw_jax.rollout.assemble import FinishedText, assemble
 from tw_jax.rollout.live_text import LiveText, live_texts
 from tw_jax.rollout.message_text import LoggedText, inline_threads
-from tw_jax.rollout.network import Weights
 from tw_jax.rollout.pages import pages_in_use
 from tw_jax.rollout.placement import Agreement
 from tw_jax.rollout.prefix_book import PrefixBook
@@ -33,6 +32,7 @@ from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.script import script_areas
 from tw_jax.rollout.state import CANCELLED, DEADLINE, FINISHED, EngineState
+from tw_jax.rollout.weights import Weights
 
 if TYPE_CHECKING:
     from tw_jax.rollout.engine import RolloutEngine
