@@ -34,7 +34,7 @@ PLOTS = (
     Plot(blocks=((100, 80, 90, 70),), segment=40),
     Plot(blocks=((50, 60, 40), (70, 60)), segment=30),
 )
-TURNS = 5
+TURNS = 3
 
 
 def engines(model: Qwen3Config, plots: tuple[Plot, ...], context_len: int) -> list[RolloutEngine]:
