@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 if __name__ == "__main__":
@@ -135,7 +135,25 @@ def cache_copies(engine: RolloutEngine, params: Params) -> list[str]:
     shapes = {x.sharding.shard_shape(x.shape) for x in arrays}
     wanted = {",".join(map(str, shape)) for shape in shapes}
     assert all(f"[{shape}]" in text for shape in wanted)
-    return [s for s in re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", text) if s in wanted]
+    return [shape for shape, origin in _copies(text) if shape in wanted and "gather" not in origin]
+
+
+def _copies(text: str) -> Iterator[tuple[str, str]]:
+    """Shape of each copy, and the operation that it belongs to.
+
+    Pages that were gathered may look like the cache; the copy of those is what a gather is.
+    """
+    callers = {
+        called: line
+        for line in text.splitlines()
+        for called in re.findall(r"calls=%([\w.\-]+)", line)
+    }
+    computation = ""
+    for line in text.splitlines():
+        if line.endswith("{"):
+            computation = line.split()[0].lstrip("%")
+        if found := re.search(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", line):
+            yield found[1], line if "op_name" in line else callers.get(computation, line)
 
 
 def refusal(part: Callable[[], Any]) -> str:

@@ -96,15 +96,20 @@ def take_pages(
 ) -> Float[Array, "*lines a b c"]:
     """Pages of one column by number: of rows, or behind them of kept prefixes."""
     rows = len(own)
-    taken = own[jnp.minimum(page, rows - 1)]
+
+    def of_rows():
+        return own[jnp.minimum(page, rows - 1)]
+
     if not len(kept):
-        return taken
+        return of_rows()
     is_kept = (page >= rows)[..., None, None, None]
-    return lax.cond(
-        is_kept.any(),
-        lambda: jnp.where(is_kept, kept[jnp.maximum(page - rows, 0)], taken),
-        lambda: taken,
-    )
+
+    def of_both():
+        return jnp.where(is_kept, kept[jnp.maximum(page - rows, 0)], of_rows())
+
+    # A branch that reads the column before it is written would make XLA copy it, so none for one
+    # page. Taken inside of the branches: one that hands on what was taken outside would copy it.
+    return lax.cond(is_kept.any(), of_both, of_rows) if page.ndim else of_both()
 
 
 def write_tokens(
