@@ -52,7 +52,7 @@ def engines(model: Qwen3Config, plots: tuple[Plot, ...], context_len: int) -> li
                 requests=1,
                 max_threads=row_count,
                 max_blocks=blocks,
-                prefill_rows=min(row_count, 2),
+                prefill_rows=1,
                 prefill_chunk=64,
                 steps_per_dispatch=context_len,
                 scripts=True,

@@ -10,7 +10,6 @@
 """
 
 import dataclasses
-import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.compiled_copies import compiled_copies
 from benchmarks.scripted import Plot, scripted_request, scripted_trajectory
 from benchmarks.shapes import TINY
 from tw_jax.data.packing import best_fit_rows, pack_rows
@@ -125,8 +125,7 @@ def pool_copies(engine: RolloutEngine, params: Params) -> int:
     largest = max(leaf.nbytes for leaf in leaves)
     shapes = {tuple(sorted(leaf.shape)) for leaf in leaves if leaf.nbytes >= largest / 2}
     shapes.add(tuple(sorted(engine.state.tokens.shape)))
-    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", text)
-    return sum(tuple(sorted(map(int, shape.split(",")))) in shapes for shape in copied)
+    return sum(tuple(sorted(dims)) in shapes for dims in compiled_copies(text))
 
 
 def pool_size_slowdown() -> float:

@@ -4,7 +4,6 @@ Prints, as JSON on the last line, how often each case's program calls the kernel
 """
 
 import json
-import re
 import sys
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from benchmarks.compiled_copies import compiled_copies
 from tw_jax.kernels.page_pool import empty_pool
 from tw_jax.kernels.paged_attention import paged_attention
 
@@ -48,9 +48,8 @@ def compile_case(topology, rows, run, heads, kv_heads, head_dim, page_size, page
     # The kernel asks the mesh of the context which chip it is compiled for.
     with jax.set_mesh(mesh):
         text = jax.jit(attend).lower(q, pool, lens, table, lens).compile().as_text()
-    shape = ",".join(map(str, pool.pages.shape))
-    copies = re.findall(rf"= \w+\[{shape}\]\S* copy(?:-start)?\(", text)
-    return text.count('custom_call_target="tpu_custom_call"'), len(copies)
+    copies = compiled_copies(text).count(pool.pages.shape)
+    return text.count('custom_call_target="tpu_custom_call"'), copies
 
 
 if __name__ == "__main__":

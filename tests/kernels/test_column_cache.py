@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tw_jax.kernels.column_attention import attend_chunks, attend_rows, in_front, plan_reads
+from tw_jax.kernels.column_attention import attend_chunks, attend_rows, plan_reads
 from tw_jax.kernels.column_cache import (
     ColumnCache,
     cache_layout,
@@ -121,14 +121,11 @@ def queries(seed=1, rows=ROWS, *inner) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def attended(filled: Filled, lengths, q, layer=0, *, rows=ROWS, front=False, same_bits=False):
-    """The last position of every row, resting ones included."""
+def attended(filled: Filled, lengths, q, layer=0, *, same_bits=False):
+    """The last position of the rows that have a query, by the plan of all; resting ones too."""
     lengths = np.array(lengths, np.int32)
-    table = filled.table[:rows]
-    plan = plan_of(table, lengths, PAGE, same_bits=same_bits)
-    if front:
-        plan = in_front(plan)
-    positions = np.maximum(lengths - 1, 0)
+    plan = plan_of(filled.table[:ROWS], lengths, PAGE, same_bits=same_bits)
+    table, positions = filled.table[: len(q)], np.maximum(lengths - 1, 0)[: len(q)]
     return np.asarray(rows_attend(q, split(filled.cache), layer, table, positions, plan))
 
 
@@ -172,24 +169,24 @@ def test_one_query_per_row_wherever_its_pages_are(lengths, seed):
 
 
 @pytest.mark.parametrize("lengths", ALL_LENGTHS)
-def test_the_three_ways_of_reading_agree(lengths):
+def test_both_ways_of_reading_agree(lengths):
     filled, q = fill(in_their_places(), lengths), queries()
     plan = plan_of(filled.table[:ROWS], np.array(lengths, np.int32), PAGE)
     assert int(plan.in_place) == -(-max(lengths) // PAGE), "all columns at once"
-    for way in ({}, {"same_bits": True}, {"front": True}):
-        assert_rows(attended(filled, lengths, q, **way), filled, lengths, q)
+    for same_bits in (False, True):
+        assert_rows(attended(filled, lengths, q, same_bits=same_bits), filled, lengths, q)
 
 
-def test_the_first_rows_alone():
+@pytest.mark.parametrize("count", range(1, ROWS))
+@pytest.mark.parametrize("scattered", [False, True])
+def test_the_first_rows_alone(count, scattered):
     """A part of the batch reads by the plan of all of it."""
     lengths = [9, 0, LENGTH, 5, 4]
-    filled, q = fill(in_their_places(), lengths), queries()
-    table, lengths_ = filled.table[:ROWS], np.array(lengths, np.int32)
-    plan = in_front(plan_of(table, lengths_, PAGE))
-    out = rows_attend(
-        q[:3], split(filled.cache), 0, table[:3], np.maximum(lengths_[:3] - 1, 0), plan
-    )
-    assert_rows(out, filled, lengths[:3], q[:3])
+    table = random_table(np.random.default_rng(count), {}) if scattered else in_their_places()
+    # Mixed: the first column is read in place either way.
+    table[:, 0] = np.arange(LINES)
+    filled, q = fill(table, lengths), queries()[:count]
+    assert_rows(attended(filled, lengths, q), filled, lengths[:count], q)
 
 
 def test_how_columns_are_read():
@@ -200,7 +197,6 @@ def test_how_columns_are_read():
     plan = plan_of(table, np.array([4, 3, PAGE, 2 * PAGE + 1, 0], np.int32), PAGE)
     assert plan.modes.tolist() == [2, 1, 1, 0]
     assert int(plan.in_place) == 0
-    assert in_front(plan).modes.tolist() == [2, 2, 2, 0]
 
 
 @pytest.mark.parametrize("row,length", [(0, 3), (2, PAGE), (4, LENGTH - 3)])
@@ -259,8 +255,8 @@ def test_a_cache_in_bfloat16():
     lengths = [LENGTH, 3, PAGE, 0, 2 * PAGE + 1]
     filled, q = fill(in_their_places(), lengths, dtype=jnp.bfloat16), queries()
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(filled.cache))
-    for way in ({}, {"same_bits": True}, {"front": True}):
-        out = attended(filled, lengths, q, **way)
+    for same_bits in (False, True):
+        out = attended(filled, lengths, q, same_bits=same_bits)
         assert out.dtype == np.float32
         assert_rows(out, filled, lengths, q, atol=0.03)
 

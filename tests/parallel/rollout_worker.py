@@ -10,9 +10,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 if __name__ == "__main__":
@@ -23,6 +22,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
+from benchmarks.compiled_copies import compiled_copies
 from tests.rollout.scenarios import LOOP, named_requests, plans, request
 from tests.rollout.small_world import make_model, make_schema
 from tests.rollout.tiny_language import CONFIG
@@ -126,34 +126,15 @@ def as_lists(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def cache_copies(engine: RolloutEngine, params: Params) -> list[str]:
+def cache_copies(engine: RolloutEngine, params: Params) -> list[tuple[int, ...]]:
     """Copies of the cache or of the token store in the compiled loop, per device."""
     state = engine.state
     assert state is not None
     text = engine.advance.lower(engine.weights(params), state, 4, 1).compile().as_text() or ""
     arrays = [*jax.tree.leaves(state.cache), state.tokens]
     shapes = {x.sharding.shard_shape(x.shape) for x in arrays}
-    wanted = {",".join(map(str, shape)) for shape in shapes}
-    assert all(f"[{shape}]" in text for shape in wanted)
-    return [shape for shape, origin in _copies(text) if shape in wanted and "gather" not in origin]
-
-
-def _copies(text: str) -> Iterator[tuple[str, str]]:
-    """Shape of each copy, and the operation that it belongs to.
-
-    Pages that were gathered may look like the cache; the copy of those is what a gather is.
-    """
-    callers = {
-        called: line
-        for line in text.splitlines()
-        for called in re.findall(r"calls=%([\w.\-]+)", line)
-    }
-    computation = ""
-    for line in text.splitlines():
-        if line.endswith("{"):
-            computation = line.split()[0].lstrip("%")
-        if found := re.search(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", line):
-            yield found[1], line if "op_name" in line else callers.get(computation, line)
+    assert all(f"[{','.join(map(str, shape))}]" in text for shape in shapes)
+    return [dims for dims in compiled_copies(text) if dims in shapes]
 
 
 def refusal(part: Callable[[], Any]) -> str:

@@ -117,6 +117,23 @@ def test_the_least_recently_used_makes_room():
     assert b.admit(4, prompt(30, 32))[0] == REQUESTS + 1
 
 
+def test_what_could_not_be_kept_is_forgotten_and_its_place_is_free():
+    b = book(kept_prefixes=1)
+    assert keep(b, 10) == [(0, 1, 2)]
+    for slot, part in ((0, 20), (1, 20), (2, 30), (3, 30)):
+        b.admit(slot, prompt(part, part + 1))
+    # Two at once for the one place; a row shares what it holds, so neither is kept.
+    assert b.to_keep(cached(s1=20, s3=20)) == [(0, 1, 2), (0, 3, 2)]
+    b.give_up(0)
+    b.give_up(0)
+    for slot in range(4):
+        b.leave(slot)
+    assert b.admit(0, prompt(30, 32)) == (-1, 0)
+    b.leave(0)
+    assert keep(b, 40) == [(0, 1, 2)]
+    assert keep(b, 50) == [(0, 1, 2)], "there is one place, not two"
+
+
 def test_a_few_common_tokens_do_not_count_as_use():
     """All prompts begin alike, with <bos> for one."""
     b = book()

@@ -11,26 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tw_jax.models import Qwen3Config, graphdef, init_params
+from tw_jax.models import graphdef, init_params, preset
 from tw_jax.trajectory.schema import TokenClasses
 
-CONFIG = Qwen3Config(
+CONFIG = preset(
+    "tiny",
     vocab_size=24,
     hidden_size=32,
     intermediate_size=32,
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=8,
     rope_theta=100.0,
-    rope_scaling=None,
-    rms_norm_eps=1e-6,
     tie_word_embeddings=False,
     max_position_embeddings=512,
     initializer_range=0.17,
-    moe=None,
-    param_dtype="float32",
-    compute_dtype="float32",
 )
 
 

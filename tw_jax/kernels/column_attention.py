@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from tw_jax.kernels.column_cache import ColumnCache, take_pages
+from tw_jax.kernels.column_cache import ColumnCache, read_pages
 
 _MASKED = -1e30  # finite, so that a row with nothing visible gives no NaN
 # How a column is read.
@@ -84,12 +84,6 @@ def front_counts(columns: int) -> tuple[int, ...]:
     return (*counts, columns)
 
 
-def in_front(plan: ReadPlan) -> ReadPlan:
-    """The plan for some of the rows only: nothing is read in place then."""
-    modes = jnp.where(plan.modes == _IN_PLACE, _GATHER, plan.modes)
-    return ReadPlan(modes, jnp.zeros_like(plan.in_place))
-
-
 def attend_rows(
     q: Float[Array, "rows heads dim"],
     cache: ColumnCache,
@@ -106,39 +100,43 @@ def attend_rows(
       layer: which layer's part of the cache.
       table: the pages of each row.
       positions: position of each query.
-      plan: `plan_reads` of the same table, or `in_front` of it.
+      plan: `plan_reads` of the table, that of all rows if these are the first ones only.
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    pages, kv_heads, _, page_size = keys[0].shape
+    _, kv_heads, _, page_size = keys[0].shape
     grouped = _grouped(q[:, None], kv_heads, keys[0].dtype)
     ends = [(positions - index * page_size)[:, None] for index in range(len(keys))]
 
-    def column(index: int) -> _Partial:
-        k, v = keys[index], values[index]
+    def own(index: int):
+        # The first rows are a copy of their pages, so only where they are read; all are none.
+        return keys[index][: len(q)], values[index][: len(q)]
 
+    def column(index: int) -> _Partial:
         def in_place():
-            return _attend_page(grouped, k, v, ends[index])
+            return _attend_page(grouped, *own(index), ends[index])
 
         def gather():
-            page = table[:, index]
-            k_pages = take_pages(k, cache.kept_keys[layer][index], page)
-            v_pages = take_pages(v, cache.kept_values[layer][index], page)
-            return _attend_page(grouped, k_pages, v_pages, ends[index])
+            return _attend_page(
+                grouped, *read_pages(cache, layer, index, table[:, index]), ends[index]
+            )
 
         def skip():
             return _nothing(grouped)
 
-        # Some of the rows only are never read in place: see `in_front`.
-        return lax.switch(plan.modes[index], [skip, in_place if len(q) == pages else skip, gather])
+        return lax.switch(plan.modes[index], [skip, in_place, gather])
 
     def column_by_column():
         return _merged([column(index) for index in range(len(keys))])
 
     def at_once(count: int):
-        return lambda: _attend_pages(grouped, keys[:count], values[:count], ends[:count])
+        def attend():
+            k, v = zip(*map(own, range(count)), strict=True)
+            return _attend_pages(grouped, k, v, ends[:count])
 
-    counts = front_counts(len(keys)) if len(q) == pages else ()
-    mixed = lax.switch(plan.in_place, [column_by_column, *map(at_once, counts)])
+        return attend
+
+    branches = [column_by_column, *map(at_once, front_counts(len(keys)))]
+    mixed = lax.switch(plan.in_place, branches)
     return _ungrouped(mixed, q[:, None])[:, 0]
 
 
@@ -160,17 +158,15 @@ def attend_chunks(
       positions: position of each query.
       longest: positions that are read at most; columns behind it are skipped.
     """
-    keys, values = cache.keys[layer], cache.values[layer]
+    keys = cache.keys[layer]
     page_size = keys[0].shape[3]
     grouped = _grouped(q, keys[0].shape[1], keys[0].dtype)
     parts = []
-    for index, (k, v) in enumerate(zip(keys, values, strict=True)):
+    for index in range(len(keys)):
 
-        def gather(k=k, v=v, index=index):
-            page = table[:, index]
-            k_pages = take_pages(k, cache.kept_keys[layer][index], page)
-            v_pages = take_pages(v, cache.kept_values[layer][index], page)
-            return _attend_page(grouped, k_pages, v_pages, positions - index * page_size)
+        def gather(index=index):
+            pages = read_pages(cache, layer, index, table[:, index])
+            return _attend_page(grouped, *pages, positions - index * page_size)
 
         def skip():
             return _nothing(grouped)

@@ -112,6 +112,15 @@ def take_pages(
     return lax.cond(is_kept.any(), of_both, of_rows) if page.ndim else of_both()
 
 
+def read_pages(
+    cache: ColumnCache, layer: int, column: int, page: Int32[Array, "*lines"]
+) -> tuple[Float[Array, "*lines kv_heads dim page"], Float[Array, "*lines kv_heads page dim"]]:
+    """Keys and values in pages of one column."""
+    keys = take_pages(cache.keys[layer][column], cache.kept_keys[layer][column], page)
+    values = take_pages(cache.values[layer][column], cache.kept_values[layer][column], page)
+    return keys, values
+
+
 def write_tokens(
     cache: ColumnCache,
     layer: int,
@@ -238,7 +247,7 @@ def copy_tokens(
 
     Args:
       cache: the cache.
-      source: pages of the row to read; its own where it is read.
+      source: pages of the line to read; those of a row where it is read.
       source_at: places in it.
       target: pages of the line to write; they hold nothing of what is read.
       target_at: places in it.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from tw_jax.kernels.column_attention import attend_chunks, attend_rows, in_front, plan_reads
+from tw_jax.kernels.column_attention import attend_chunks, attend_rows, plan_reads
 from tw_jax.kernels.column_cache import ColumnCache, write_tokens
 from tw_jax.rollout.controller import RowController, RowView
 from tw_jax.rollout.network import Network, front_rows, row_buckets
@@ -80,8 +80,7 @@ def decode_lane(
         cache = write_tokens(cache, layer, table, positions, feeds, k, v, few_columns=True)
 
         def read(q, table, positions):
-            part = plan if len(q) == program.rows else in_front(plan)
-            return attend_rows(q, cache, layer, table, positions, part)
+            return attend_rows(q, cache, layer, table, positions, plan)
 
         return front.run(read, q, table, positions), cache
 
@@ -108,14 +107,14 @@ def decode_lane(
     if program.controller is not None:
         with jax.named_scope("controller"):
             view = RowView(
-                sampled,
-                token,
-                logprob,
-                logits,
-                rows.n_known + 1 - rows.body,
-                rows.request,
-                requests.block[rows.request],
-                rows.thread,
+                sampled=sampled,
+                token=token,
+                logprob=logprob,
+                logits=logits,
+                count=rows.n_known + 1 - rows.body,
+                request=rows.request,
+                block=requests.block[rows.request],
+                thread=rows.thread,
             )
             token, logprob, stop = _controlled(program.controller, view)
     area = jnp.where(sampled, rows.area, len(state.tokens))

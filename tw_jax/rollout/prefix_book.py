@@ -91,7 +91,8 @@ class PrefixBook:
         """A prefix could not be kept: requests share what had the place before."""
         for key in [key for key, (kept, _) in self._kept.items() if kept == place]:
             del self._kept[key]
-        self._places.append(place)
+            # Only then: of two that were to be kept there, one after the other, both may fail.
+            self._places.append(place)
 
     def _want(self, slot: int, prompt: Tokens) -> None:
         """Asks to keep the longest page-aligned beginning that has come up before."""
