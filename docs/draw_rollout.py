@@ -105,8 +105,8 @@ STORIES = {
         scenes=(
             Scene("Admitted: the prompt is known, no page is held.", lambda f: True),
             Scene(
-                "Prefill: one step has fed a chunk of known tokens, and one token more.",
-                lambda f: 0 < f.cached(0) < f.known(0) - 1,
+                "Prefill: no row could sample, so one step has fed all of it, and sampled a token.",
+                lambda f: f.cached(0) > 0,
             ),
             Scene(
                 "Decode: the cache is one token behind; feeding it gives the next one.",

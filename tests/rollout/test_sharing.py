@@ -17,7 +17,8 @@ from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.prefix_book import PrefixBook
 
 PAGE, KEPT = 16, 2
-CONFIG = dataclasses.replace(ENGINE, page_size=PAGE, kept_prefixes=KEPT)
+# Chunks so short that a long beginning takes several steps.
+CONFIG = dataclasses.replace(ENGINE, page_size=PAGE, kept_prefixes=KEPT, prefill_chunk=2)
 # Three pages and two tokens.
 LONG = "<bos>" + "abc " * 12 + "f"
 THREE = plans("1", "2", "3")

@@ -4,7 +4,8 @@ Most rows read the page at their own index. A column in which all rows do is rea
 one that has shared pages is gathered first, and one behind the end of the longest row is not read
 at all; which, is decided for each column in each step. The gather alone triples the memory
 traffic, and decoding on CPU is bound by it (a pool with all pages in one array, always gathered:
-2.5 times the time of the whole attention, measured).
+2.5 times the time of the whole attention, measured). Where only the first few rows are live, what
+they read is copied either way, shared or not.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tw_jax.kernels.column_cache import ColumnCache, read_pages
 
-_MASKED = -1e30  # finite, so that a row with nothing visible gives no NaN
+# Finite, so that a row with nothing visible gives no NaN: its highest score then is the floor, far
+# above the masked ones, whose weights are 0.
+_MASKED, _FLOOR = -1e30, -1e29
 # How a column is read.
 _SKIP, _IN_PLACE, _GATHER = range(3)
 _FEW_COLUMNS = 4
@@ -39,12 +42,13 @@ class ReadPlan:
 
     Attributes:
       modes: of each column.
-      in_place: 0, or if all columns are read in place: one more than the index in `front_counts` of
-        the number of leading columns to read.
+      enough: index in `front_counts` of the number of leading columns to read.
+      in_place: all of them are read in place.
     """
 
     modes: Int32[Array, "columns"]
-    in_place: Int32[Array, ""]
+    enough: Int32[Array, ""]
+    in_place: Bool[Array, ""]
 
 
 def plan_reads(
@@ -69,9 +73,8 @@ def plan_reads(
     in_place = (own | ~reads).all(axis=0)
     read = reads.any(axis=0)
     modes = jnp.where(read, jnp.where(in_place, _IN_PLACE, _GATHER), _SKIP)
-    plain = in_place.all() & read.any() & (not same_bits)
     enough = jnp.searchsorted(jnp.array(front_counts(columns)), read.sum()).astype(jnp.int32)
-    return ReadPlan(modes, jnp.where(plain, enough + 1, 0))
+    return ReadPlan(modes, enough, in_place.all() & read.any() & (not same_bits))
 
 
 def front_counts(columns: int) -> tuple[int, ...]:
@@ -103,22 +106,19 @@ def attend_rows(
       plan: `plan_reads` of the table, that of all rows if these are the first ones only.
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    _, kv_heads, _, page_size = keys[0].shape
+    rows, kv_heads, _, page_size = keys[0].shape
     grouped = _grouped(q[:, None], kv_heads, keys[0].dtype)
     ends = [(positions - index * page_size)[:, None] for index in range(len(keys))]
 
-    def own(index: int):
-        # The first rows are a copy of their pages, so only where they are read; all are none.
-        return keys[index][: len(q)], values[index][: len(q)]
+    def gathered(index: int):
+        return read_pages(cache, layer, index, table[:, index])
 
     def column(index: int) -> _Partial:
         def in_place():
-            return _attend_page(grouped, *own(index), ends[index])
+            return _attend_page(grouped, keys[index], values[index], ends[index])
 
         def gather():
-            return _attend_page(
-                grouped, *read_pages(cache, layer, index, table[:, index]), ends[index]
-            )
+            return _attend_page(grouped, *gathered(index), ends[index])
 
         def skip():
             return _nothing(grouped)
@@ -128,15 +128,21 @@ def attend_rows(
     def column_by_column():
         return _merged([column(index) for index in range(len(keys))])
 
-    def at_once(count: int):
+    def at_once(read, count: int):
         def attend():
-            k, v = zip(*map(own, range(count)), strict=True)
+            k, v = zip(*map(read, range(count)), strict=True)
             return _attend_pages(grouped, k, v, ends[:count])
 
         return attend
 
-    branches = [column_by_column, *map(at_once, front_counts(len(keys)))]
-    mixed = lax.switch(plan.in_place, branches)
+    counts = front_counts(len(keys))
+    if len(q) < rows:
+        # The first rows of a column are a copy of it, like any others.
+        mixed = lax.switch(plan.enough, [at_once(gathered, count) for count in counts])
+    else:
+        own = [at_once(lambda index: (keys[index], values[index]), count) for count in counts]
+        chosen = jnp.where(plan.in_place, plan.enough + 1, 0)
+        mixed = lax.switch(chosen, [column_by_column, *own])
     return _ungrouped(mixed, q[:, None])[:, 0]
 
 
@@ -186,7 +192,7 @@ def _grouped(
 def _nothing(grouped: Float[Array, "rows kv_heads queries dim"]) -> _Partial:
     """What a column adds that nobody sees; the same bits as attending to it."""
     total = jnp.zeros(grouped.shape[:3], jnp.float32)
-    return total + _MASKED, total, jnp.zeros(grouped.shape, jnp.float32)
+    return total + _FLOOR, total, jnp.zeros(grouped.shape, jnp.float32)
 
 
 def _attend_page(
@@ -196,9 +202,9 @@ def _attend_page(
     end: Int32[Array, "rows len"],
 ) -> _Partial:
     """Softmax over one page, up to and including `end`; scores and softmax in float32."""
-    score, visible = _scores(grouped, keys, end)
-    highest = score.max(axis=-1)
-    weight = jnp.where(visible, jnp.exp(score - highest[..., None]), 0.0)
+    score = _scores(grouped, keys, end)
+    highest = jnp.maximum(score.max(axis=-1), _FLOOR)
+    weight = jnp.exp(score - highest[..., None])
     return highest, weight.sum(axis=-1), _mix(weight, values)
 
 
@@ -209,7 +215,7 @@ def _attend_pages(
     ends: Sequence[Int32[Array, "rows len"]],
 ) -> Float32[Array, "rows kv_heads queries dim"]:
     """Softmax over several pages; every row must see something."""
-    scores = [_scores(grouped, k, end)[0] for k, end in zip(keys, ends, strict=True)]
+    scores = [_scores(grouped, k, end) for k, end in zip(keys, ends, strict=True)]
     highest = functools.reduce(jnp.maximum, [score.max(axis=-1) for score in scores])
     weights = [jnp.exp(score - highest[..., None]) for score in scores]
     total = sum(weight.sum(axis=-1) for weight in weights)
@@ -221,14 +227,14 @@ def _scores(
     grouped: Float[Array, "rows kv_heads queries dim"],
     keys: Float[Array, "rows kv_heads dim page"],
     end: Int32[Array, "rows len"],
-) -> tuple[Float32[Array, "rows kv_heads queries page"], Bool[Array, "rows 1 queries page"]]:
-    """Masked scores, and the mask."""
+) -> Float32[Array, "rows kv_heads queries page"]:
+    """Masked scores."""
     score = jnp.einsum("rkqd,rkds->rkqs", grouped, keys, preferred_element_type=jnp.float32)
     # Scaled after the product, as in training: rounding then agrees between the two.
     score = score * grouped.shape[-1] ** -0.5
     end = jnp.repeat(end, grouped.shape[2] // end.shape[1], axis=1)
     visible = jnp.arange(keys.shape[3]) <= end[:, None, :, None]
-    return jnp.where(visible, score, _MASKED), visible
+    return jnp.where(visible, score, _MASKED)
 
 
 def _mix(

@@ -1,11 +1,12 @@
 """The two ways in which tokens are fed: chunks of known ones, and one token of every live row."""
 
-from dataclasses import replace
+import functools
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from tw_jax.kernels.column_attention import attend_chunks, attend_rows, plan_reads
 from tw_jax.kernels.column_cache import ColumnCache, write_tokens
@@ -13,24 +14,52 @@ from tw_jax.rollout.controller import RowController, RowView
 from tw_jax.rollout.network import Network, front_rows, row_buckets
 from tw_jax.rollout.program import Program
 from tw_jax.rollout.sampling import sample_tokens, token_noise
+from tw_jax.rollout.sampling_table import SamplingTable
 from tw_jax.rollout.state import EngineState, ahead, rotary_positions
+
+# Fewest pending tokens that are fed as a chunk where no row can sample.
+_IDLE_MIN_TOKENS = 2
+# Chunks in one step at most, so that the host is never long without an answer.
+_MOST_CHUNKS = 8
+# A short chunk is this part of a whole one, if it has so many tokens.
+_SHORT_CHUNK, _LEAST_CHUNK = 4, 8
+
+_Fed = tuple[ColumnCache, Int32[Array, "rows"], Int32[Array, ""]]  # cache, n_kv, chunks so far
 
 
 def prefill_lane(program: Program, network: Network, state: EngineState) -> EngineState:
-    """Feeds known tokens in chunks, all but each row's last: that one is the decode lane's."""
-    rows = state.rows
-    pending = jnp.where(rows.live & (rows.source < 0), ahead(program, rows), 0)
-    if program.deterministic and not program.gathers:
-        pending = jnp.where(rows.waiting, 0, pending)
-    size, row = lax.top_k(pending, program.prefill_rows)
-    size = jnp.minimum(size, program.prefill_chunk)
-    table = state.pages.pages[row]
+    """Feeds known tokens in chunks, all but each row's last: that one is the decode lane's.
 
-    def feed(cache: ColumnCache, n_kv: Int32[Array, "rows"]):
-        offset = jnp.arange(program.prefill_chunk)[None]
+    One chunk, or several where no row could sample in the meantime.
+    """
+    rows = state.rows
+    fed = rows.live & (rows.source < 0)
+    lengths = chunk_lengths(program)
+
+    def pending_of(n_kv: Int32[Array, "rows"]) -> Int32[Array, "rows"]:
+        pending = jnp.where(fed, ahead(program, replace(rows, n_kv=n_kv)), 0)
+        if program.deterministic and not program.gathers:
+            pending = jnp.where(rows.waiting, 0, pending)
+        return pending
+
+    def busy(above: int, carry: _Fed) -> Bool[Array, ""]:
+        _, n_kv, chunks = carry
+        pending = pending_of(n_kv)
+        size, _ = _chunks(program, pending)
+        idle = ~(fed & ~rows.waiting & (pending == 0)).any()
+        # One by one, known tokens cost nothing beside rows that sample, and a step each else.
+        least = jnp.where(idle, min(program.prefill_min, _IDLE_MIN_TOKENS), program.prefill_min)
+        enough = (size.sum() >= least) & (size.max() > above)
+        return enough & ((chunks == 0) | idle & (chunks < _MOST_CHUNKS))
+
+    def feed(length: int, carry: _Fed) -> _Fed:
+        cache, n_kv, chunks = carry
+        size, row = _chunks(program, pending_of(n_kv))
+        table = state.pages.pages[row]
+        offset = jnp.arange(length)[None]
         positions = n_kv[row][:, None] + offset
         valid = offset < size[:, None]
-        tokens = state.tokens[state.rows.area[row][:, None], positions]
+        tokens = state.tokens[rows.area[row][:, None], positions]
         longest = jnp.where(valid, positions + 1, 0).max()
         places = jnp.broadcast_to(table[:, None], (*positions.shape, table.shape[1]))
 
@@ -40,15 +69,33 @@ def prefill_lane(program: Program, network: Network, state: EngineState) -> Engi
 
         rotary = rotary_positions(rows, row[:, None], positions)
         _, cache = network.hidden_states(tokens, rotary, attend, cache)
-        return cache, n_kv.at[row].add(size)
+        return cache, n_kv.at[row].add(size), chunks + 1
 
-    def rest(cache: ColumnCache, n_kv: Int32[Array, "rows"]):
-        return cache, n_kv
-
+    fed_so_far = state.cache, rows.n_kv, jnp.int32(0)
     with jax.named_scope("prefill_lane"):
-        busy = size.sum() >= program.prefill_min
-        cache, n_kv = lax.cond(busy, feed, rest, state.cache, rows.n_kv)
+        # A loop for each length: a choice between them inside of one would copy the cache.
+        for length, shorter in zip(lengths, (*lengths[1:], 0), strict=True):
+            fed_so_far = lax.while_loop(
+                functools.partial(busy, shorter), functools.partial(feed, length), fed_so_far
+            )
+    cache, n_kv, _ = fed_so_far
     return replace(state, cache=cache, rows=replace(rows, n_kv=n_kv))
+
+
+def chunk_lengths(program: Program) -> tuple[int, ...]:
+    """Lengths of chunks that the prefill lane is compiled for, the whole one first."""
+    short = program.prefill_chunk // _SHORT_CHUNK
+    # Another length may round differently.
+    one = program.deterministic or short < _LEAST_CHUNK
+    return (program.prefill_chunk,) if one else (program.prefill_chunk, short)
+
+
+def _chunks(
+    program: Program, pending: Int32[Array, "rows"]
+) -> tuple[Int32[Array, "prefill_rows"], Int32[Array, "prefill_rows"]]:
+    """The rows to feed next, as sizes and row numbers."""
+    size, row = lax.top_k(pending, program.prefill_rows)
+    return jnp.minimum(size, program.prefill_chunk), row
 
 
 def decode_lane(
@@ -87,22 +134,18 @@ def decode_lane(
     with jax.named_scope("decode_lane"):
         rotary = rotary_positions(rows, jnp.arange(program.rows), positions)
         hidden, cache = network.hidden_states(tokens, rotary, attend, state.cache, front.run)
-        logits = front.run(network.logits, hidden)
 
     sampled = feeds & ~rows.waiting & (pending == 0)
-
-    def noise():
-        return token_noise(requests.key[rows.request], rows.unit, rows.n_known, program.vocab)
-
-    with jax.named_scope("sample"):
-        token, logprob = sample_tokens(
-            logits,
-            noise,
-            requests.sampling.take(rows.request),
-            sampled,
-            lambda: _own_context(program, state),
-            state.script[rows.area, rows.n_known] if program.scripts else None,
-        )
+    drawn = _Drawn(
+        hidden=hidden,
+        sampled=sampled,
+        asked=requests.sampling.take(rows.request),
+        key=requests.key[rows.request],
+        unit=rows.unit,
+        n_known=rows.n_known,
+        script=state.script[rows.area, rows.n_known] if program.scripts else None,
+    )
+    token, logprob, logits = front.run(functools.partial(_draw, program, network, state), drawn)
     stop = jnp.zeros_like(sampled)
     if program.controller is not None:
         with jax.named_scope("controller"):
@@ -137,6 +180,40 @@ def decode_lane(
         sampled,
         stop,
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Drawn:
+    """What rows draw their tokens from."""
+
+    hidden: Float[Array, "rows hidden"]
+    sampled: Bool[Array, "rows"]
+    asked: SamplingTable
+    key: UInt32[Array, "rows 2"]
+    unit: Int32[Array, "rows"]
+    n_known: Int32[Array, "rows"]
+    script: Int32[Array, "rows"] | None
+
+
+def _draw(
+    program: Program, network: Network, state: EngineState, rows: _Drawn
+) -> tuple[Int32[Array, "rows"], Float32[Array, "rows"], Float32[Array, "rows vocab"] | None]:
+    """The first rows' tokens, their log-probabilities, and for a controller their logits."""
+    with jax.named_scope("logits"):
+        logits = network.logits(rows.hidden)
+
+    def noise():
+        return token_noise(rows.key, rows.unit, rows.n_known, program.vocab)
+
+    def context():
+        return jax.tree.map(lambda x: x[: len(rows.hidden)], _own_context(program, state))
+
+    with jax.named_scope("sample"):
+        token, logprob = sample_tokens(
+            logits, noise, rows.asked, rows.sampled, context, rows.script
+        )
+    return token, logprob, logits if program.controller is not None else None
 
 
 def _controlled(

@@ -66,8 +66,8 @@ class FrontRows:
     buckets: tuple[int, ...]
     bucket: Int32[Array, ""]
 
-    def run(self, part: Callable[..., Any], *inputs: Array) -> Any:
-        """`part` of the first rows of the inputs; zeros for the others."""
+    def run(self, part: Callable[..., Any], *inputs: Any) -> Any:
+        """`part` of the first rows of the inputs, arrays or trees of such; zeros for the others."""
         branches = [_first(part, size) for size in self.buckets]
         return lax.switch(self.bucket, branches, *inputs)
 
@@ -79,9 +79,9 @@ def front_rows(buckets: tuple[int, ...], matters: Bool[Array, "rows"]) -> FrontR
 
 
 def _first(part: Callable[..., Any], size: int) -> Callable[..., Any]:
-    def run(*inputs: Array) -> Any:
-        rows = len(inputs[0])
-        out = part(*(x[:size] for x in inputs))
+    def run(*inputs: Any) -> Any:
+        rows = len(jax.tree.leaves(inputs)[0])
+        out = part(*jax.tree.map(lambda x: x[:size], inputs))
         return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - size), *[(0, 0)] * (x.ndim - 1))), out)
 
     return run

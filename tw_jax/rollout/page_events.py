@@ -14,14 +14,13 @@ from tw_jax.rollout.state import EngineState
 
 
 def assign_pages(program: Program, state: EngineState) -> EngineState:
-    """Gives every row the pages that this step may write."""
+    """Gives every row the pages of its known tokens: this step may write them."""
     page_size = program.layout.page_size
 
     def short(state: EngineState) -> Bool[Array, "rows"]:
         rows = state.rows
-        end = jnp.minimum(rows.n_known, rows.n_kv + program.prefill_chunk + 1)
         held = state.pages.held[: program.rows]
-        return rows.live & (rows.source < 0) & (held * page_size < end)
+        return rows.live & (rows.source < 0) & (held * page_size < rows.n_known)
 
     # The cache takes no part: kept out of the loop, it cannot be copied by it.
     cache = state.cache
