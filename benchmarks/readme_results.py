@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parents[1] / "README.md"
-_SECTIONS = ("results", "plan")  # each between `<!-- name -->` and `<!-- /name -->`
+_SECTIONS = ("results", "decoding", "plan")  # each between `<!-- name -->` and `<!-- /name -->`
 
 
 def results_block() -> str:
@@ -69,6 +69,35 @@ _ROWS = (
 )
 
 
+def decoding_block() -> str:
+    """The README's table of decoding beside peers, and of forking and joining."""
+    tunix, hf, fork = (_result(name) for name in ("rollout_tunix", "rollout_hf", "forkjoin"))
+    lines = [
+        "| tokens per second, in one run, two CPU cores | tw_jax | peer | ratio |",
+        "|---|---|---|---|",
+    ]
+    for what, run, key in (
+        ("google-tunix: 3.3M parameters, 16 rows, float32", tunix, "tiny"),
+        ("google-tunix: 100M parameters, 16 rows, each in its faster dtype", tunix, "100m"),
+        ("google-tunix: 256 requests of 32 to 512 tokens, 16 rows, float32", tunix, "mixed"),
+        ("transformers: 3.3M parameters, 16 rows, each in its faster dtype", hf, "tiny"),
+    ):
+        ours, peer = run[f"ours_tokens_per_s_{key}"], run[f"peer_tokens_per_s_{key}"]
+        lines.append(f"| {what} | {ours:,.0f} | {peer:,.0f} | {run[f'ratio_{key}']:.2f} |")
+    lines += [
+        "",
+        "Forking and joining, one rollout at a time against the same text without threads: a "
+        f"critical path shorter by {fork['token_latency_speedup_100m']:.2f}x takes "
+        f"{fork['wall_speedup_100m']:.2f}x less time with 100M parameters, "
+        f"{fork['wall_speedup_tiny']:.2f}x with 3.3M.",
+    ]
+    return "\n".join(lines)
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def plan_block() -> str:
     """The README's table of recorded plans as Markdown."""
     plans = [
@@ -113,7 +142,8 @@ _PLAN_ROWS = (
 
 def with_results(readme: str) -> str:
     """The README with its generated sections rewritten."""
-    for name, block in zip(_SECTIONS, (results_block(), plan_block()), strict=True):
+    blocks = results_block(), decoding_block(), plan_block()
+    for name, block in zip(_SECTIONS, blocks, strict=True):
         head, rest = readme.split(f"<!-- {name} -->")
         _, tail = rest.split(f"<!-- /{name} -->")
         readme = f"{head}<!-- {name} -->\n{block}\n<!-- /{name} -->{tail}"
