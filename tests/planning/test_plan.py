@@ -141,6 +141,8 @@ def test_a_decoding_step_does_the_work_that_was_traced():
     assert text is not None
     counted = count_flops(program.traced.jaxpr, program.scopes)
     assert counted.total == ProgramCost(parse_hlo(text), program.scopes).flops > 0
+    assert not any(work for scope, work in counted.by_scope.items() if "prefill_lane" in scope)
+    assert any("lm_head" in scope for scope in counted.by_scope)
     kv = 2 * 8 * 256 * 2 * 32 * 3 * 4  # keys and values, rows, positions, heads, width, layers
     assert program.arguments["kv cache"] == kv
 

@@ -209,8 +209,8 @@ def _decode(config: PlanConfig, layout: Layout) -> Program:
         traced = engine.advance.trace(weights, state, count, count)
     kv = _size(state.cache)
     sizes_by = {"params": _size(weights), "kv cache": kv, "engine state": _size(state) - kv}
-    # Every loop of unknown length is the one over steps: one step is planned.
-    scopes = _expert_scopes(model, layout, config.decode_rows) | {"": 1.0}
+    # One step is planned, with nothing to prefill; other loops are rare.
+    scopes = _expert_scopes(model, layout, config.decode_rows) | {"prefill_lane": 0.0, "": 1.0}
     return Program("decode step", 1, traced, scopes, sizes_by, {})
 
 
