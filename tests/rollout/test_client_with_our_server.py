@@ -26,7 +26,7 @@ def test_greedy_rollouts_equal_the_engines(monkeypatch):
         make_model()[1], requests
     )
     with small_server.serving() as running:
-        config = ClientConfig(f"{running.url}/v1", dialect="tw_jax", context_len=144)
+        config = ClientConfig(f"{running.url}/v1", dialect="tw_jax")
         client = RolloutClient(config, make_schema(), SmallWorldCodec())
         rollouts = client.generate(requests)
     for ours, theirs in zip(rollouts, expected, strict=True):

@@ -253,6 +253,7 @@ def test_refuses_sizes_that_do_not_fit(fields, message):
     [
         (request(0, prompt=""), "the prompt is empty"),
         (request(0, prompt="<bos>" + "a" * 129), "leave no room in engine.context_len=130"),
+        (request(0, max_response_tokens=0), "sampling.max_response_tokens=0 must be at least 1"),
         (request(0, "a" * 90), "spends the budget of max_response_tokens=90"),
         (request(0, max_threads=9), "sampling.max_threads=9 must lie in 1..4"),
         (request(0, max_blocks=9), "sampling.max_blocks=9 must lie in 1..3"),

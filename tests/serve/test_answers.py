@@ -238,6 +238,7 @@ def test_stop_strings(client, expected, seed):
 def test_models_and_health(client, server):
     assert [model.id for model in client.models.list()] == ["small"]
     assert client.models.retrieve("small").owned_by == "tw_jax"
+    assert client.models.retrieve("small").max_model_len == CONFIG.engine.context_len
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("large")
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}

@@ -181,6 +181,15 @@ def test_nothing_there(tmp_path, exists):
     assert path.exists() == exists
 
 
+def test_nothing_there_but_runs_inside(tmp_path):
+    """The folder of a quickstart holds runs."""
+    for run in ("rl", "sft"):
+        save_steps(tmp_path / run / "checkpoints", [1])
+    with pytest.raises(UserError) as error:
+        restore_params(tmp_path / "checkpoints")
+    assert f"There are runs at {tmp_path / 'rl'}, {tmp_path / 'sft'}: name one." in str(error.value)
+
+
 def test_restore_without_a_checkpoint(tmp_path):
     with (
         Checkpointer(tmp_path) as checkpointer,

@@ -16,6 +16,7 @@ from typing import Any
 import rich.console
 import rich.table
 
+from tw_jax.config_checks import require_seed
 from tw_jax.errors import UserError
 from tw_jax.evals.metrics import (
     Interval,
@@ -71,6 +72,7 @@ class EvalConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        require_seed(self)
         if not self.styles or len(set(self.styles)) != len(self.styles):
             raise ValueError(f"styles={list(self.styles)}: name at least one, none of them twice")
         for name, least in (

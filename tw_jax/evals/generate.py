@@ -10,6 +10,7 @@ import rich.panel
 import rich.table
 import rich.text
 
+from tw_jax.config_checks import require_seed
 from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
 from tw_jax.evals.evaluate import write_json_lines
@@ -81,6 +82,7 @@ class GenerateConfig:
     rollouts: str | None = None
 
     def __post_init__(self) -> None:
+        require_seed(self)
         for name in ("count", "samples_per_prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -76,7 +76,10 @@ def read_json(folder: WeightFolder, file: str) -> dict[str, Any]:
       UserError: there is no such file, or it holds no JSON object.
     """
     if file not in _listed(folder):
-        raise UserError(f"{folder.name}: there is no {file}; is this a model's folder?")
+        raise UserError(
+            f"{folder.name}: there is no {file}. A model's folder holds one; a run's, such as "
+            "`sft` in that of a quickstart, holds `checkpoints`"
+        )
     try:
         value = json.loads(folder.read(file, 0, folder.size(file)).tobytes())
     except ValueError as error:

@@ -103,14 +103,14 @@ def check_request(name: str, request: Request, context_len: int, context_key: st
             f"{name}: a prompt of {prompt_len} and a forced prefix of {prefix_len} tokens leave no "
             f"room in {context_key}={context_len}: shorten them or raise it"
         )
+    for field in ("max_response_tokens", "max_threads", "max_blocks", "max_thread_tokens"):
+        if (value := getattr(sampling, field)) < 1:
+            raise UserError(f"{name}: sampling.{field}={value} must be at least 1")
     if prefix_len >= sampling.max_response_tokens:
         raise UserError(
             f"{name}: its forced prefix of {prefix_len} tokens spends the budget of "
             f"max_response_tokens={sampling.max_response_tokens}"
         )
-    for field in ("max_threads", "max_blocks", "max_thread_tokens"):
-        if (value := getattr(sampling, field)) < 1:
-            raise UserError(f"{name}: sampling.{field}={value} must be at least 1")
     if request.timeout_s is not None and not request.timeout_s > 0:
         raise UserError(f"{name}: timeout_s={request.timeout_s} must be positive")
     if not 0 <= request.seed < 2**64:

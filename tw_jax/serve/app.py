@@ -85,7 +85,13 @@ def create_app(service: Service) -> FastAPI:
         prompt = await asyncio.to_thread(chat_prompt, service.tokenizer, body.messages)
         return await _generate(service, body, [prompt], request)
 
-    model = {"id": config.model_name, "object": "model", "created": started, "owned_by": "tw_jax"}
+    model = {
+        "id": config.model_name,
+        "object": "model",
+        "created": started,
+        "owned_by": "tw_jax",
+        "max_model_len": service.engine.config.context_len,  # as vLLM says it
+    }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -320,7 +320,9 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def _nothing_at(directory: epath.Path, why: str) -> str:
+    inside = sorted(str(found.parent) for found in directory.parent.glob("*/checkpoints"))
+    near = f" There are runs at {', '.join(inside[:3])}: name one." if inside else ""
     return (
-        f"no checkpoint at {directory}: {why}. Train a model there first (`make quickstart` or "
-        "`tw-jax sft`), or name the directory that holds the step folders"
+        f"no checkpoint at {directory}: {why}.{near} Train a model there first (`make quickstart` "
+        "or `tw-jax sft`), or name the directory that holds the step folders"
     )
