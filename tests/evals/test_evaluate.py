@@ -122,6 +122,9 @@ def test_configs_refuse_nonsense():
         EvalConfig(count=0)
     with pytest.raises(ValueError, match="styles"):
         EvalConfig(styles=())
+    for config in (EvalConfig, GenerateConfig):
+        with pytest.raises(ValueError, match="seed=-1: must lie in 0"):
+            config(seed=-1)
     with pytest.raises(ValueError, match="samples_per_prompt=0"):
         GenerateConfig(samples_per_prompt=0)
     with pytest.raises(ValueError, match="vote=true: needs samples_per_prompt=2"):
