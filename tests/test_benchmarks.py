@@ -5,12 +5,15 @@ import json
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import attention, serve
 from benchmarks.blocks import Worker, alternate
+from benchmarks.compiled_copies import compiled_copies
 from benchmarks.forkjoin import PLOTS
 from benchmarks.rollout import PROMPT_LEN, equal_share, workloads
 from benchmarks.rollout import prepare as prepare_rollouts
@@ -154,3 +157,17 @@ def test_serving_counts_what_clients_see() -> None:
     assert found["tokens"] >= found["requests"]
     assert found["p50_first_token_s"] <= found["p50_latency_s"] <= found["p95_latency_s"]
     assert found["memory_growth_mb"] < 50
+
+
+def test_a_copy_is_seen():
+    """What holds the engine to no copies must see one."""
+
+    def changed(x):
+        return x.at[0].set(1.0)
+
+    def compiled(function, **options):
+        x = jnp.zeros((11, 13))
+        return jax.jit(function, **options).lower(x).compile().as_text()
+
+    assert (11, 13) in compiled_copies(compiled(changed))
+    assert (11, 13) not in compiled_copies(compiled(changed, donate_argnums=0))

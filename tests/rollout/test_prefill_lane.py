@@ -9,6 +9,7 @@ from tests.rollout.scenarios import ENGINE, request
 from tests.rollout.sessions import finish, polled, set_steps
 from tests.rollout.small_world import ids, make_model, make_schema
 from tw_jax.rollout.engine import RolloutEngine
+from tw_jax.rollout.lanes import chunk_lengths
 
 CHUNK = 4
 MOST_CHUNKS = 8
@@ -39,6 +40,15 @@ def test_chunk_follows_chunk_while_no_row_could_sample(engine):
         prompt_len = len(ids(LONG))
         assert fed == [CHUNK * MOST_CHUNKS + 1, prompt_len, prompt_len + 1]
         finish(session)
+
+
+def test_short_ends_have_a_shorter_chunk(engine):
+    def lengths(**changes):
+        return chunk_lengths(dataclasses.replace(engine.program, **changes))
+
+    assert lengths(prefill_chunk=40) == (40, 10)
+    assert lengths(prefill_chunk=31) == (31,), "a quarter of it would be too short to pay"
+    assert lengths(prefill_chunk=40, deterministic=True) == (40,)
 
 
 def test_one_chunk_beside_a_row_that_samples(engine):

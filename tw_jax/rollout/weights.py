@@ -4,8 +4,7 @@
 - In the dtype of the products, not converted in every step.
 - On CPU transposed, `[out, in]`, and multiplied as `matrix @ x^T`. XLA's products there rearrange
   their right factor first, which takes longer than a product with few rows; this way it is the
-  small one. Steps of a 100M model with 1, 4 and 16 rows: float32 25, 35 and 61 ms (the other way
-  24, 44 and 75), bfloat16 15, 17 and 28.
+  small one.
 
 Tried and left out, since a whole step was not faster: queries, keys and values, and gate and up,
 as one product each.
