@@ -57,6 +57,38 @@ def test_overview_lists_every_verb(capsys):
     assert capsys.readouterr().out.startswith("tw-jax 0.")
 
 
+def test_verbs_of_two_words(monkeypatch, greet, capsys):
+    verb = cli.Verb("greeting_verb", "Greeting", "run", "greet politely")
+    monkeypatch.setitem(cli.VERBS, "greet politely", verb)
+    assert cli.main(["greet", "politely", "times=2"]) == 0
+    assert greet == [Greeting("world", 2)]
+    for words in (["greet"], ["greet", "--help"]):
+        assert cli.main(words) == 0
+        out = capsys.readouterr().out
+        assert "greet politely" in out and "quickstart" not in out
+    assert cli.main(["greet", "politly"]) == 2
+    assert "unknown verb 'greet politly'; did you mean 'greet politely'?" in capsys.readouterr().err
+
+
+def test_a_switch_is_short_for_true(monkeypatch, greet):
+    @dataclasses.dataclass(frozen=True)
+    class Switch:
+        """Settings.
+
+        Attributes:
+          dry_run: says so.
+        """
+
+        dry_run: bool = False
+
+    monkeypatch.setattr(sys.modules["greeting_verb"], "Switch", Switch, raising=False)
+    seen = []
+    monkeypatch.setattr(sys.modules["greeting_verb"], "switch", seen.append, raising=False)
+    monkeypatch.setitem(cli.VERBS, "go", cli.Verb("greeting_verb", "Switch", "switch", "go"))
+    assert cli.main(["go", "--dry-run"]) == cli.main(["go", "--dry_run"]) == 0
+    assert seen == [Switch(True), Switch(True)]
+
+
 def test_runs_with_file_and_overrides(greet, tmp_path):
     file = tmp_path / "greet.yaml"
     file.write_text("name: file\ntimes: 2\n")

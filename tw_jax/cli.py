@@ -1,7 +1,7 @@
 """The command line: `tw-jax VERB [config.yaml] [a.b=value ...] [--print-config] [--help]`.
 
-A verb is a configuration class and a function of it. Their modules are imported only when the verb
-is used, so that help and mistakes answer at once.
+A verb is a configuration class and a function of it; its name is one word or two (`data pack`).
+Their modules are imported only when the verb is used, so that help and mistakes answer at once.
 """
 
 import dataclasses
@@ -81,6 +81,24 @@ VERBS = {
         folder_key="model",
         folder_name="folder of a run or of weights, hub id or URL",
     ),
+    "data stats": Verb(
+        "tw_jax.view.data_stats",
+        "StatsConfig",
+        "run_stats",
+        "how parallel trajectories are: table, histograms, page",
+    ),
+    "data validate": Verb(
+        "tw_jax.view.data_validate",
+        "ValidateConfig",
+        "run_validate",
+        "check every trajectory strictly; say where each bad one breaks",
+    ),
+    "data inspect": Verb(
+        "tw_jax.view.data_inspect",
+        "InspectConfig",
+        "run_inspect",
+        "show single trajectories, threads side by side",
+    ),
     "view": Verb(
         "tw_jax.view.browse",
         "ViewConfig",
@@ -135,15 +153,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print(_overview(list(VERBS)))
         return 0
     if words[0] == "--version":
         print(f"tw-jax {tw_jax.__version__}")
         return 0
     name, *rest = words
+    group = [verb for verb in VERBS if verb.startswith(f"{name} ")]
+    if group:
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_overview(group))
+            return 0
+        name, *rest = (f"{name} {rest[0]}", *rest[1:])
     if name not in VERBS:
-        close = difflib.get_close_matches(name, VERBS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known verbs: {', '.join(VERBS)}"
+        close = difflib.get_close_matches(name, group or VERBS, 1)
+        known = ", ".join(group or VERBS)
+        hint = f"did you mean {close[0]!r}?" if close else f"known verbs: {known}"
         raise UserError(f"unknown verb {name!r}; {hint}")
     config_class, function = _load(VERBS[name])
     if {"-h", "--help"} & set(rest):
@@ -192,10 +217,11 @@ def _split(verb: str, words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _flag(config_class: type, word: str) -> str:
-    """`--watch` is short for `watch=true`, for every setting that is true or false."""
-    field = fields_of(config_class).get(word.removeprefix("--"))
+    """`--dry-run` is short for `dry_run=true`, for every setting that is true or false."""
+    name = word.removeprefix("--").replace("-", "_")
+    field = fields_of(config_class).get(name)
     is_flag = word.startswith("--") and field is not None and field.hint is bool
-    return f"{word.removeprefix('--')}=true" if is_flag else word
+    return f"{name}=true" if is_flag else word
 
 
 def _names_folder(word: str) -> bool:
@@ -203,10 +229,10 @@ def _names_folder(word: str) -> bool:
     return not (word.startswith("-") or "=" in word or word.endswith((".yaml", ".yml")))
 
 
-def _overview() -> str:
+def _overview(names: Sequence[str]) -> str:
     lines = ["usage: tw-jax VERB [config.yaml] [a.b=value ...] [--print-config] [--help]", ""]
     lines += ["Train and run language models that think in parallel.", "", "verbs:"]
-    lines += [f"  {name:<12}{verb.summary}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<16}{VERBS[name].summary}" for name in names]
     lines += ["", "`tw-jax VERB --help` explains every setting of a verb."]
     return "\n".join(lines)
 

@@ -45,6 +45,12 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "id is an object": (b'{"prompt": "x", "response": "x", "id": {}}', "wrong_type"),
     "empty prompt": (b'{"prompt": "", "response": "x"}', "empty_field"),
     "empty response": (b'{"prompt": "x", "response": ""}', "empty_field"),
+    "blank prompt": (b'{"prompt": " \\n", "response": "x"}', "empty_field"),
+    "NUL in a response": (b'{"prompt": "x", "response": "1\\u00002"}', "nul_byte"),
+    "NUL in an answer": (b'{"prompt": "x", "response": "x", "answer": "\\u0000"}', "nul_byte"),
+    "empty chat": (b'{"prompt": [], "response": "x"}', "empty_field"),
+    "half a turn": (b'{"prompt": [{"role": "user"}], "response": "x"}', "wrong_type"),
+    "no chat": (b'{"qwen_text": "<|im_start|>user: hello"}', "chat_text"),
     "half a character": (b'{"prompt": "\\ud800", "response": "x"}', "invalid_unicode"),
     "unknown characters": (b'{"prompt": "1+\xc3\xa9=", "response": "2"}', "unknown_characters"),
     "never closed": (b'{"prompt": "x", "response": "<Parallel>\\n"}', "unclosed_block"),
@@ -92,6 +98,7 @@ def test_a_bad_line_is_rejected_and_its_neighbours_survive(
     (entry,) = [json.loads(text) for text in rejects.path.read_text().splitlines()]
     assert (entry["file"], entry["line"], entry["kind"]) == (str(path), 3, kind)
     assert entry["message"]
+    assert entry["field"] is None or entry["field"] in entry["message"]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
@@ -157,9 +164,9 @@ def test_files_may_share_a_record_of_rejects(
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: pathlib.Path, rejects: Rejects) -> None:
-    with pytest.raises(UserError, match="cannot read the trajectory file .*missing.jsonl"):
+    with pytest.raises(UserError, match="cannot read .*missing.jsonl: No such file"):
         read(tmp_path / "missing.jsonl", rejects)
-    with pytest.raises(UserError, match="cannot read the trajectory file"):
+    with pytest.raises(UserError, match="is a folder that `datasets` did not write"):
         read(tmp_path, rejects)
     blocker = tmp_path / "file"
     blocker.touch()

@@ -17,9 +17,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from tw_jax.errors import UserError
+from tw_jax.trajectory.schemas import all_tags
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast as Tokenizer
+
+_RESPONSE_TAGS = all_tags() | {"<think>", "</think>"}
 
 
 def encode_prompt(tokenizer: "Tokenizer", text: str) -> Int32[np.ndarray, "prompt"]:
@@ -59,10 +62,11 @@ def encode_user_text(tokenizer: "Tokenizer", text: str) -> Int32[np.ndarray, "te
 def encode_response(
     tokenizer: "Tokenizer", text: str, eos_id: int
 ) -> Int32[np.ndarray, "response"]:
-    """Encodes a response, its control tags as control tokens, and appends the end-of-text token.
+    """Encodes a response and appends the end-of-text token.
 
-    Tokens that open, end or pad a text are not part of it: where the text spells one of them out
-    (a literal `<eos>`), it stays plain.
+    The tags of the schemas and of thinking become control tokens. No other control token may stand
+    in a response: where the text spells one out (`<eos>`, `<|im_start|>`, `<tool_call>`), it stays
+    plain.
 
     Args:
       tokenizer: holds the schema's tags as added tokens.
@@ -72,17 +76,12 @@ def encode_response(
     Raises:
       UserError: the text is not valid Unicode.
     """
-    boundary = (
-        tokenizer.bos_token,
-        tokenizer.eos_token,
-        tokenizer.pad_token,
-        tokenizer.unk_token,
-    )
-    names = {str(token) for token in boundary if token is not None}
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    spelled = sorted((name for name in added - _RESPONSE_TAGS if name in text), key=len)
     ids: list[int] = []
     # The parentheses make `split` return the separators as well, at the odd places.
-    pieces = re.split(f"({'|'.join(map(re.escape, sorted(names)))})", text) if names else [text]
-    for place, piece in enumerate(pieces):
+    pattern = f"({'|'.join(map(re.escape, reversed(spelled)))})"
+    for place, piece in enumerate(re.split(pattern, text) if spelled else [text]):
         encode = _encode_as_characters if place % 2 else _encode
         ids += encode(tokenizer, piece)
     return np.asarray([*ids, eos_id], np.int32)

@@ -1,14 +1,13 @@
-r"""Trajectory files: JSON lines, one trajectory per line.
+r"""Trajectories of a source of records (`tw_jax.data.records`), mostly JSON lines.
 
     {"prompt": "313*192=", "response": "<Parallel>\n...#380190", "answer": "380190", "id": "7"}
 
-`prompt` and `response` are text; `answer` and `id` may be missing; other fields are ignored. The
-end-of-text token is not written. Kinds of rejects: `invalid_utf8`, `malformed_json`,
-`not_an_object`, `missing_field`, `wrong_type`, `empty_field`, `invalid_unicode`, and those of the
-schema's parser.
+`prompt` and `response` are text, or `prompt` is a list of turns; `answer` and `id` may be missing;
+other fields are ignored. The end-of-text token is not written. Kinds of rejects: those of
+`read_records`, `text_field` and `read_chat_text`, `duplicate_id`, `unknown_characters`, and those
+of the schema's parser.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -16,25 +15,27 @@ import logging
 import os
 import pathlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Int32
 
+from tw_jax.data.chat import Turn, encode_chat, read_chat_text, read_turns
+from tw_jax.data.columns import DEFAULT_COLUMNS, ColumnsConfig
+from tw_jax.data.records import Record, RejectedRecord, read_records, required_text, text_field
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.text import encode_prompt, encode_response, unknown_characters
 from tw_jax.errors import UserError
 from tw_jax.tasks.task import Split, Task, choose_style
-from tw_jax.trajectory.schema import Schema
+from tw_jax.trajectory.schema import ParseError, Schema
 from tw_jax.trajectory.trajectory import Trajectory
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _logger = logging.getLogger(__name__)
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CONTEXT_TOKENS = 8
-_SHOWN_PROBLEMS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +47,15 @@ class TrajectoryRecord:
       response: text in which control tags are control tokens; no end-of-text token.
       answer: the reference answer, where there is one.
       id: names the trajectory, where something does.
+      chat: the turns before the response, where the prompt is a chat; `prompt` is then the last
+        turn's text.
     """
 
     prompt: str
     response: str
     answer: str | None = None
     id: str | int | None = None
+    chat: tuple[Turn, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,50 +73,51 @@ class LoadedTrajectory:
     trajectory: Trajectory
 
 
-class _Rejected(Exception):
-    """Internal: a line that is not a good trajectory; never escapes the reader."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind, self.message = kind, message
-
-
 def read_trajectories(
-    path: str | pathlib.Path, schema: Schema, tokenizer: "Tokenizer", rejects: Rejects
+    source: str | pathlib.Path,
+    schema: Schema,
+    tokenizer: "Tokenizer",
+    rejects: Rejects,
+    columns: ColumnsConfig = DEFAULT_COLUMNS,
 ) -> Iterator[LoadedTrajectory]:
-    """Yields the good trajectories of a file; bad ones go to `rejects`. Logs one summary line.
+    """Yields the good trajectories of a source; bad ones go to `rejects`. Logs one summary line.
 
     Args:
-      path: JSON lines; blank lines are skipped.
+      source: see `tw_jax.data.records`.
       schema: the language the responses are written in.
       tokenizer: the one the schema is bound to.
-      rejects: collects the bad lines; files may share it.
+      rejects: collects the bad records; sources may share it.
+      columns: names of the fields.
 
     Raises:
-      UserError: the file cannot be read, or holds no good trajectory.
+      UserError: the source cannot be read, or holds no good trajectory.
     """
-    good, bad = 0, collections.Counter[str]()
-    first_problems: list[str] = []
-    for number, line in _lines(path):
+    good, before = 0, rejects.counts.copy()
+    ids: set[str | int] = set()
+    for record in read_records(str(source), rejects):
         try:
-            record = _record(line)
-            trajectory = _trajectory(record, schema, tokenizer)
-        except _Rejected as rejected:
-            rejects.add(path, number, rejected.kind, rejected.message)
-            bad[rejected.kind] += 1
-            if len(first_problems) < _SHOWN_PROBLEMS:
-                first_problems.append(f"line {number}: {rejected.kind}: {rejected.message}")
+            item = trajectory_record(record, columns)
+            if item.id is not None and item.id in ids:
+                raise RejectedRecord(
+                    "duplicate_id", f"the id {item.id!r} names an earlier record too", columns.id
+                )
+            trajectory = encode_trajectory(item, schema, tokenizer)
+        except RejectedRecord as rejected:
+            rejects.add(source, record.line, rejected.kind, rejected.message, rejected.field)
         else:
             good += 1
-            yield LoadedTrajectory(record, number, trajectory)
+            if item.id is not None:
+                ids.add(item.id)
+            yield LoadedTrajectory(item, record.line, trajectory)
+    bad = rejects.counts - before
     summary = rejects.summary(bad)
     if not good and bad:
-        problems = "; ".join(first_problems)
-        raise UserError(f"{path} holds no good trajectory: {summary}. First: {problems}")
+        problems = "; ".join(rejects.first_of(source))
+        raise UserError(f"{source} holds no good trajectory: {summary}. First: {problems}")
     if not good:
-        raise UserError(f"{path} holds no trajectory; expected one JSON object per line")
+        raise UserError(f"{source} holds no trajectory; expected one JSON object per line")
     level = logging.WARNING if bad else logging.INFO
-    _logger.log(level, "%s: %d trajectories read, %s", path, good, summary)
+    _logger.log(level, "%s: %d trajectories read, %s", source, good, summary)
 
 
 def write_trajectories(path: str | pathlib.Path, items: Iterable[TrajectoryRecord]) -> int:
@@ -134,8 +139,7 @@ def write_trajectories(path: str | pathlib.Path, items: Iterable[TrajectoryRecor
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("w", encoding="utf-8") as out:
             for item in items:
-                fields = {k: v for k, v in dataclasses.asdict(item).items() if v is not None}
-                out.write(json.dumps(fields) + "\n")
+                out.write(json.dumps(_fields(item)) + "\n")
                 count += 1
             out.flush()
             os.fsync(out.fileno())
@@ -148,6 +152,13 @@ def write_trajectories(path: str | pathlib.Path, items: Iterable[TrajectoryRecor
         with contextlib.suppress(OSError):
             unfinished.unlink()
     return count
+
+
+def _fields(item: TrajectoryRecord) -> dict[str, Any]:
+    """A trajectory as a JSON object; what it does not have is left out."""
+    fields = dataclasses.asdict(item)
+    chat = fields.pop("chat")
+    return {k: v for k, v in fields.items() if v is not None} | ({"prompt": chat} if chat else {})
 
 
 def export_task(
@@ -186,80 +197,74 @@ def export_task(
     return write_trajectories(path, solved())
 
 
-def _lines(path: str | pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines that are not blank with their numbers, from 1."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise UserError(
-            f"cannot read the trajectory file {path}: {error.strerror}; check the path"
-        ) from error
+def trajectory_record(record: Record, columns: ColumnsConfig) -> TrajectoryRecord:
+    """Reads the fields of a record.
 
-
-def _record(line: bytes) -> TrajectoryRecord:
-    """Reads one line's fields."""
-    try:
-        fields: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Rejected("invalid_utf8", f"byte {error.start} of the line is not UTF-8") from None
-    except (ValueError, RecursionError) as error:  # RecursionError: absurdly deep nesting
-        raise _Rejected("malformed_json", str(error)) from None
-    if not isinstance(fields, dict):
-        raise _Rejected("not_an_object", f"expected a JSON object, found a {type(fields).__name__}")
-    for name in ("prompt", "response"):
-        if name not in fields:
-            raise _Rejected("missing_field", f"the field {name!r} is missing")
-        if fields[name] == "":
-            raise _Rejected("empty_field", f"the field {name!r} is empty")
-    identity = fields.get("id")
+    Raises:
+      RejectedRecord: a field is missing or holds something else.
+    """
+    chat: tuple[Turn, ...] = ()
+    if columns.response not in record.fields and columns.chat_text in record.fields:
+        chat, response = read_chat_text(required_text(record, columns.chat_text), columns.chat_text)
+        prompt = chat[-1].content
+    elif isinstance(turns := record.fields.get(columns.prompt), list):
+        chat = read_turns(turns, columns.prompt)
+        prompt, response = chat[-1].content, required_text(record, columns.response)
+    else:
+        prompt = required_text(record, columns.prompt)
+        response = required_text(record, columns.response)
+        chat = (Turn("user", prompt),) if columns.as_chat else ()
+    identity = record.fields.get(columns.id)
     return TrajectoryRecord(
-        prompt=_text_field(fields, "prompt"),
-        response=_text_field(fields, "response"),
-        answer=None if fields.get("answer") is None else _text_field(fields, "answer"),
-        id=identity if identity is None or isinstance(identity, int) else _text_field(fields, "id"),
+        prompt=prompt,
+        response=response,
+        answer=text_field(record, columns.answer, empty_ok=True),
+        id=identity if isinstance(identity, int) else text_field(record, columns.id),
+        chat=chat,
     )
 
 
-def _text_field(fields: dict[str, Any], name: str) -> str:
-    value = fields[name]
-    if not isinstance(value, str):
-        raise _Rejected(
-            "wrong_type", f"the field {name!r} must be text, found a {type(value).__name__}"
-        )
+def encode_trajectory(
+    record: TrajectoryRecord, schema: Schema, tokenizer: "Tokenizer"
+) -> Trajectory:
+    """Encodes and parses one record.
+
+    Raises:
+      RejectedRecord: a text cannot be encoded, or the response breaks the schema's grammar.
+    """
     try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON's \u escapes can spell half a character
-        raise _Rejected(
-            "invalid_unicode",
-            f"the field {name!r} holds a lone surrogate at character {error.start}",
-        ) from None
-    return value
-
-
-def _trajectory(record: TrajectoryRecord, schema: Schema, tokenizer: "Tokenizer") -> Trajectory:
-    """Encodes and parses one record."""
-    prompt = encode_prompt(tokenizer, record.prompt)
+        if record.chat:
+            prompt = encode_chat(tokenizer, record.chat)
+        else:
+            prompt = encode_prompt(tokenizer, record.prompt)
+    except UserError as error:
+        raise RejectedRecord("invalid_prompt", str(error), "prompt") from None
     response = encode_response(tokenizer, record.response, schema.eos_id)
     for name, ids in (("prompt", prompt), ("response", response)):
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             characters = unknown_characters(tokenizer, getattr(record, name))
-            raise _Rejected(
+            raise RejectedRecord(
                 "unknown_characters",
                 f"the tokenizer knows no token for {', '.join(map(repr, characters))} "
                 f"in the field {name!r}; take one that does, or leave the line out",
+                name,
             )
     tokens = np.concatenate([prompt, response])
     parsed = schema.parse(tokens, len(prompt))
     if isinstance(parsed, Trajectory):
         return parsed
-    first, others = parsed[0], len(parsed) - 1
-    around = tokens[max(len(prompt), first.index - _CONTEXT_TOKENS) : first.index + _CONTEXT_TOKENS]
+    raise RejectedRecord(parsed[0].kind, describe_errors(parsed, tokens, len(prompt), tokenizer))
+
+
+def describe_errors(
+    errors: Sequence[ParseError],
+    tokens: Int32[np.ndarray, "len"],
+    prompt_len: int,
+    tokenizer: "Tokenizer",
+) -> str:
+    """Says what is wrong first, and quotes the response around it."""
+    first, others = errors[0], len(errors) - 1
+    around = tokens[max(prompt_len, first.index - _CONTEXT_TOKENS) : first.index + _CONTEXT_TOKENS]
     more = f" (errors in the line besides: {others})" if others else ""
-    raise _Rejected(
-        first.kind, f"{first.message}, near {tokenizer.decode(around)!r} in the response{more}"
-    )
+    place = f"token {first.index - prompt_len} of the response"
+    return f"{first.message}, at {place}, near {tokenizer.decode(around)!r}{more}"

@@ -13,10 +13,11 @@ import rich.text
 from tw_jax.config_checks import require_seed
 from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
+from tw_jax.evals.answerer import Answerer, OnFinish, engine_answerer, source_of_run
 from tw_jax.evals.evaluate import write_json_lines
 from tw_jax.evals.metrics import Style
 from tw_jax.evals.problems import style_request
-from tw_jax.evals.remote import Answerer, OnFinish, remote_answerer
+from tw_jax.evals.remote import remote_answerer
 from tw_jax.evals.sample import TextDecoder, decode_text, printable, sample_from_rollout
 from tw_jax.evals.vote import describe_votes, majority_vote
 from tw_jax.evals.watch import STEPS_PER_LOOK, watch_rollouts
@@ -155,20 +156,18 @@ def _answerer(config: GenerateConfig, console: rich.console.Console) -> Answerer
             config.server, config.tokenizer, config.checkpoint, config.schema, os.environ
         )
     model = load_run(config.checkpoint, config.step)
-    sizes = config.engine
-    if config.watch:
-        steps = min(STEPS_PER_LOOK, sizes.steps_per_dispatch)
-        sizes = dataclasses.replace(sizes, steps_per_dispatch=steps)
+    if not config.watch:
+        return engine_answerer(model, config.checkpoint, config.engine)
+    steps = min(STEPS_PER_LOOK, config.engine.steps_per_dispatch)
+    sizes = dataclasses.replace(config.engine, steps_per_dispatch=steps)
     engine = RolloutEngine(model.graphdef, model.schema, sizes)
 
-    def generate(requests: Sequence[Request], on_finish: OnFinish | None = None) -> list[Rollout]:
-        if config.watch:
-            return watch_rollouts(
-                engine, model.params, requests, model.tokenizer, console, on_finish=on_finish
-            )
-        return engine.generate(model.params, requests, on_finish=on_finish)
+    def generate(requests: Sequence[Request], on_finish: OnFinish | None) -> list[Rollout]:
+        return watch_rollouts(
+            engine, model.params, requests, model.tokenizer, console, on_finish=on_finish
+        )
 
-    source = f"{config.checkpoint} step {model.step}"
+    source = source_of_run(config.checkpoint, model.step)
     return Answerer(model.tokenizer, model.schema, source, generate)
 
 

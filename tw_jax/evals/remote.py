@@ -1,37 +1,19 @@
-"""Whatever answers a verb's requests; here, a completions server in the engine's place."""
+"""A completions server in the engine's place."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tw_jax.data.text import encode_response
+from tw_jax.data.tokenizer import open_tokenizer, tokenizer_in
 from tw_jax.errors import UserError
+from tw_jax.evals.answerer import Answerer, OnFinish
 from tw_jax.rollout.client import ClientConfig, RolloutClient
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
-from tw_jax.train.published import tokenizer_in
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.schemas import make_schema
-
-OnFinish = Callable[[int, Rollout], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Answerer:
-    """What samples rollouts for a verb.
-
-    Attributes:
-      tokenizer: encodes prompts and decodes answers.
-      schema: the language of parallel thought.
-      source: says which model answers, so that rollouts of another are not mistaken for its own.
-      generate: samples requests and hands (index, rollout) over as they finish.
-    """
-
-    tokenizer: Any
-    schema: Schema
-    source: str
-    generate: Callable[[Sequence[Request], OnFinish | None], list[Rollout]]
 
 
 class TokenizerCodec:
@@ -56,6 +38,8 @@ def remote_answerer(
     checkpoint: str,
     schema_name: str,
     environment: Mapping[str, str],
+    *,
+    sequential_only: bool = False,
 ) -> Answerer:
     """An answerer on a completions server.
 
@@ -65,6 +49,8 @@ def remote_answerer(
       checkpoint: a run's folder.
       schema_name: the language of parallel thought that the model speaks.
       environment: variables, among them the one with the server's key.
+      sequential_only: no request will spawn. Then any schema will do, and a tokenizer without its
+        tags too: the model writes them as plain text.
 
     Raises:
       UserError: no tokenizer, one without the schema's tags, or no key where one is named.
@@ -75,8 +61,11 @@ def remote_answerer(
             f"no tokenizer at {folder}: with a server, set tokenizer=FOLDER|HUB_ID to that of its "
             "model, or checkpoint to a run that has it"
         )
-    loaded = tokenizer_in(folder)
-    schema = make_schema(schema_name, loaded)
+    if sequential_only:
+        loaded, schema = open_tokenizer(str(folder), schema_name)
+    else:
+        loaded = tokenizer_in(folder)
+        schema = make_schema(schema_name, loaded)
     api_key = None
     if config.api_key_env is not None:
         api_key = environment.get(config.api_key_env)
@@ -85,9 +74,17 @@ def remote_answerer(
                 f"server.api_key_env: the environment variable {config.api_key_env} is not set"
             )
     codec = TokenizerCodec(loaded, schema.eos_id)
-    client = RolloutClient(config, schema, codec, api_key=api_key)
+    # Sequential text has no joins, so the client need not know how the schema joins.
+    asked = _joining_by_text(schema) if sequential_only else schema
+    client = RolloutClient(config, asked, codec, api_key=api_key)
 
     def generate(requests: Sequence[Request], on_finish: OnFinish | None) -> list[Rollout]:
         return client.generate(requests, on_finish=on_finish)
 
     return Answerer(loaded, schema, f"server model {config.model or config.url}", generate)
+
+
+def _joining_by_text(schema: Schema) -> Schema:
+    """The schema with the one join rule that servers can follow."""
+    assert dataclasses.is_dataclass(schema)
+    return dataclasses.replace(schema, join_rule="reencode")

@@ -28,7 +28,8 @@ from jaxtyping import Int32
 
 from tw_jax.evals.metrics import Style
 from tw_jax.rollout.rollout import Rollout
-from tw_jax.trajectory.trajectory import ParallelBlock
+from tw_jax.trajectory.metrics import total_tokens
+from tw_jax.trajectory.trajectory import ParallelBlock, Trajectory
 
 MAX_CHARACTERS = 4000
 
@@ -87,11 +88,56 @@ def sample_from_rollout(
       correct: whether it is right; None where nobody graded it.
       max_characters: of any one piece of text; the middle of longer ones is left out, with a note.
     """
+    sample = sample_from_trajectory(
+        rollout.trajectory,
+        tokenizer,
+        critical_path=rollout.critical_path,
+        style=style,
+        answer=answer,
+        max_characters=max_characters,
+    )
+    return sample | {
+        "correct": correct,
+        "finish_reason": rollout.finish_reason,
+        "total_tokens": rollout.total_tokens,
+        "timeline": [
+            {
+                "row": unit.row,
+                "start": unit.start_step,
+                "end": unit.end_step,
+                "kind": unit.kind,
+                "block": unit.block,
+                "thread": unit.thread,
+                "tokens": len(unit.completion),
+            }
+            for unit in rollout.units
+        ],
+    }
+
+
+def sample_from_trajectory(
+    trajectory: Trajectory,
+    tokenizer: TextDecoder,
+    *,
+    critical_path: int,
+    style: Style = "free",
+    answer: str | None = None,
+    max_characters: int = MAX_CHARACTERS,
+) -> dict[str, Any]:
+    """Describes a trajectory that nobody sampled here; its timeline is empty.
+
+    Args:
+      trajectory: a finished one.
+      tokenizer: the one that encoded it.
+      critical_path: tokens on its longest chain of dependent tokens (`Schema.critical_path`).
+      style: see `sample_from_rollout`.
+      answer: the reference answer.
+      max_characters: see `sample_from_rollout`.
+    """
 
     def text(tokens: Int32[np.ndarray, "n"]) -> str:
         return _clip(decode_text(tokenizer, tokens), max_characters)
 
-    trajectory = rollout.trajectory
     tokens = trajectory.tokens
     parts: list[dict[str, Any]] = []
     position = trajectory.prompt_len
@@ -106,27 +152,17 @@ def sample_from_rollout(
     for part in parts:
         part["starts_at"] = starts_at
         starts_at += part["critical_tokens"]
+    prompt = text(tokens[: trajectory.prompt_len])
     return {
         "style": style,
-        "prompt": text(rollout.prompt).removeprefix(tokenizer.bos_token or ""),
+        "prompt": prompt.removeprefix(tokenizer.bos_token or ""),
         "answer": answer,
-        "correct": correct,
-        "finish_reason": rollout.finish_reason,
-        "total_tokens": rollout.total_tokens,
-        "critical_path": rollout.critical_path,
+        "correct": None,
+        "finish_reason": "eos",
+        "total_tokens": total_tokens(trajectory),
+        "critical_path": critical_path,
         "parts": parts,
-        "timeline": [
-            {
-                "row": unit.row,
-                "start": unit.start_step,
-                "end": unit.end_step,
-                "kind": unit.kind,
-                "block": unit.block,
-                "thread": unit.thread,
-                "tokens": len(unit.completion),
-            }
-            for unit in rollout.units
-        ],
+        "timeline": [],
     }
 
 

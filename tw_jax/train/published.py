@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tw_jax.data.tokenizer import tokenizer_in
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import Qwen3Config
@@ -17,7 +18,6 @@ from tw_jax.models.param_shardings import param_shardings
 from tw_jax.models.safetensors_file import read_json
 from tw_jax.models.weight_location import WeightFolder, open_folder, small_files
 from tw_jax.parallel.layout import Layout
-from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.schemas import make_schema, schema_tags
 from tw_jax.trajectory.vocabulary import add_control_tokens, ids_needed
@@ -100,33 +100,6 @@ def load_published(
     if _GENERATION_CONFIG in folder.files():
         generation = read_json(folder, _GENERATION_CONFIG)
     return PublishedModel(params, config, full_tokenizer, bound_schema, generation)
-
-
-def tokenizer_in(folder: str | pathlib.Path, name: str = "") -> Any:
-    """Loads a tokenizer.
-
-    Args:
-      folder: where it lies.
-      name: what messages call the folder, where it is a copy.
-
-    Raises:
-      UserError: there is no usable Hugging Face tokenizer.
-    """
-    files = ("tokenizer.json", "vocab.json", "tokenizer.model")
-    # Beside a config.json, transformers would make up an empty tokenizer without a word.
-    if pathlib.Path(folder).is_dir() and not any(
-        (pathlib.Path(folder) / f).exists() for f in files
-    ):
-        raise UserError(
-            f"{name or folder}: no usable Hugging Face tokenizer there (no {' or '.join(files)})"
-        )
-    try:
-        return load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{name or folder}: no usable Hugging Face tokenizer there ({reason})"
-        ) from error
 
 
 def _tokenizer_of(folder: WeightFolder, tokenizer: str | pathlib.Path | None) -> Any:

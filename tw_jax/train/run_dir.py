@@ -23,6 +23,7 @@ from flax import nnx
 from tw_jax import config_fields
 from tw_jax.config import to_yaml
 from tw_jax.config_checks import require_at_least
+from tw_jax.data.tokenizer import tokenizer_in
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS, Qwen3Config
@@ -33,7 +34,7 @@ from tw_jax.parallel.processes import is_first_process
 from tw_jax.tasks.character_tokenizer import TOKENIZER_DIR
 from tw_jax.train.adapter_record import BASE, adapter_of, check_base
 from tw_jax.train.checkpoint import Checkpointer, restore_params
-from tw_jax.train.published import load_published, tokenizer_in
+from tw_jax.train.published import load_published
 from tw_jax.train.state import init_train_state
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.schemas import make_schema, schema_tags

@@ -33,6 +33,11 @@ def schema_tags(name: str) -> tuple[str, ...]:
     return _named(name).tags
 
 
+def all_tags() -> frozenset[str]:
+    """The control tags of every schema."""
+    return frozenset(tag for schema in _SCHEMAS.values() for tag in schema.tags)
+
+
 def _named(name: str) -> _Class:
     if name not in _SCHEMAS:
         raise UserError(f"unknown schema {name!r}; known: {', '.join(sorted(_SCHEMAS))}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from tw_jax.view import svg
-from tw_jax.view.numbers import Formatter, number, percent, times
+from tw_jax.view.numbers import Formatter, number, percent
 from tw_jax.view.scales import Scale, linear_scale, log_scale
 
 MAX_LINE_POINTS = 400
@@ -66,6 +66,21 @@ class Point:
     y: float
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """One value that a histogram points out.
+
+    Attributes:
+      value: where.
+      name: written beside it.
+      css: class of its line.
+    """
+
+    value: float
+    name: str
+    css: str = "rule"
 
 
 SMALL = svg.Size(340, 224, left=50)
@@ -156,12 +171,29 @@ def scatter_chart(
     return svg.figure(labels, size, body + _point_labels(size, points, x_scale, y_scale, drawn))
 
 
-def histogram(labels: svg.Labels, values: Sequence[float], mean: float) -> Markup:
-    """How ratios are distributed, with their mean and the line of no gain at 1."""
-    size = LARGE
+def histogram(
+    labels: svg.Labels,
+    values: Sequence[float],
+    marks: Sequence[Mark],
+    *,
+    tick: Formatter = number,
+    size: svg.Size = LARGE,
+    low: float | None = None,
+) -> Markup:
+    """How values are distributed.
+
+    Args:
+      labels: see `svg.Labels`.
+      values: those that are not finite are ignored.
+      marks: drawn as vertical lines.
+      tick: writes the values of the horizontal axis.
+      size: of the chart.
+      low: the horizontal axis reaches down to this at least.
+    """
     finite = [v for v in values if math.isfinite(v)]
+    include = [mark.value for mark in marks] + ([] if low is None else [low])
     x_scale = linear_scale(
-        finite, size.left, size.width - size.right, include=(0.95, mean), floor=0, target=6
+        finite, size.left, size.width - size.right, include=include, floor=0, target=6
     )
     bins = _bin_count(len(finite))
     width = (x_scale.high - x_scale.low) / bins
@@ -171,27 +203,24 @@ def histogram(labels: svg.Labels, values: Sequence[float], mean: float) -> Marku
     y_range = (size.height - size.bottom, size.top + 22)
     y_scale = linear_scale([0, max(counts, default=1), 1], *y_range, target=4)
     whole = [t for t in y_scale.ticks(4) if t == int(t)]
-    body = svg.axes(labels, size, x_scale, y_scale, times, number, y_ticks=whole)
+    body = svg.axes(labels, size, x_scale, y_scale, tick, number, y_ticks=whole)
     for i, count in enumerate(counts):
         if count:
             left = x_scale.low + i * width
             x, right, y = x_scale(left), x_scale(left + width), y_scale(count)
-            tip = f"{times(left)} to {times(left + width)}: {count}"
+            tip = f"{tick(left)} to {tick(left + width)}: {count}"
             body += Markup(
                 '<rect class="bar c-parallel" x="{}" y="{}" width="{}" height="{}">'
                 "<title>{}</title></rect>"
             ).format(
                 svg.px(x + 0.75), svg.px(y), svg.px(right - x - 1.5), svg.px(y_range[0] - y), tip
             )
-    for value, name, css, row in (
-        (1.0, "no gain", "rule faint", 0),
-        (mean, f"mean {times(mean)}", "rule", 1),
-    ):
-        x = x_scale(value)
+    for row, mark in enumerate(marks):
+        x = x_scale(mark.value)
         near_end = x > size.width * 0.7
-        body += svg.line(x, y_range[0], x, size.top - 6 + 14 * row, css)
+        body += svg.line(x, y_range[0], x, size.top - 6 + 14 * row, mark.css)
         anchor = "label end" if near_end else "label"
-        body += svg.text(x + (-5 if near_end else 5), size.top + 4 + 14 * row, name, anchor)
+        body += svg.text(x + (-5 if near_end else 5), size.top + 4 + 14 * row, mark.name, anchor)
     return svg.figure(labels, size, body)
 
 

@@ -1,29 +1,22 @@
-"""The report of a run: one HTML file that opens from disk, needs no network and runs no script.
-
-The page carries a content security policy that forbids scripts and every request, and the template
-escapes all text: what a model wrote is untrusted.
-"""
+"""The report of a run, as a page (`tw_jax.view.page`)."""
 
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import jinja2
 
 from tw_jax.errors import UserError
 from tw_jax.evals.sample import printable
 from tw_jax.evals.sample import sample_from_rollout as sample_from_rollout
 from tw_jax.view import charts
-from tw_jax.view.numbers import interval_of, lookup, number, percent, value_of
+from tw_jax.view.numbers import interval_of, lookup, number, percent, times, value_of
+from tw_jax.view.page import drawn_sample, render_page, write_page
 from tw_jax.view.story import before_after_rows, headline_tiles, run_facts
 from tw_jax.view.svg import Labels
 from tw_jax.view.verdict import rl_verdict
 
 _JSON_NAMES = {str: "string", list: "array", dict: "object"}
-_TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 # Plotted policies: label, keys of the summary of which the first that is there counts, colour
 # class, marker. With RL, all four are the model that RL improves, measured in the same way.
@@ -130,17 +123,9 @@ def points_from_summary(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def render_report(data: ReportData) -> str:
     """The report as one HTML page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, percent=percent, shown=printable)
-    environment.globals.update(fork_lines=charts.fork_lines)
     rl = data.summary.get("rl") or {}
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
         title=data.title,
         tiles=headline_tiles(data.summary),
         facts=run_facts(data.summary),
@@ -149,18 +134,14 @@ def render_report(data: ReportData) -> str:
         verdict=rl_verdict(rl),
         plots=[plot for plot in (_accuracy_latency(data), _speedups(data)) if plot],
         curves=_curves(data.curves),
-        samples=[_drawn_sample(sample, i) for i, sample in enumerate(data.samples)],
+        samples=[drawn_sample(sample, i) for i, sample in enumerate(data.samples)],
         config_yaml=data.config_yaml,
     )
 
 
 def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
     """Writes the page; a reader never sees half of it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(render_report(data), encoding="utf-8")
-    unfinished.replace(path)
+    write_page(path, render_report(data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +202,9 @@ def _speedups(data: ReportData) -> Figure | None:
         f"How many times shorter the chain of dependent tokens is, on each of "
         f"{len(data.speedups):,} held-out problems."
     )
-    return Figure(labels.title, charts.histogram(labels, data.speedups, mean), caption)
+    marks = (charts.Mark(1.0, "no gain", "rule faint"), charts.Mark(mean, f"mean {times(mean)}"))
+    chart = charts.histogram(labels, data.speedups, marks, tick=times, low=0.95)
+    return Figure(labels.title, chart, caption)
 
 
 def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
@@ -279,17 +262,3 @@ def _ends(series: Sequence[charts.Series], write: Any) -> str:
         if present:
             sentences.append(f"{line.name} from {write(present[0])} to {write(present[-1])}")
     return "; ".join(sentences)
-
-
-def _drawn_sample(sample: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A sample and, where it has threads, the timeline of its units."""
-    labels = Labels(
-        key=f"timeline-{index}",
-        title="Rollout timeline",
-        description=f"{len(sample['timeline'])} units over the rows of the decoding batch.",
-        x="engine step",
-        y="",
-    )
-    chart = charts.timeline(labels, sample["timeline"]) if len(sample["timeline"]) > 1 else ""
-    blocks = [part for part in sample["parts"] if part["kind"] == "block"]
-    return {**sample, "timeline_chart": chart, "blocks": len(blocks)}

@@ -1,0 +1,202 @@
+"""`tw-jax data stats`: how parallel trajectories are, as a table, a JSON file and a page."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+
+from tw_jax.data.corpus import Corpus, CorpusConfig, open_corpus
+from tw_jax.data.progress import counted
+from tw_jax.data.statistics import (
+    CorpusStatistics,
+    TrajectoryStatistics,
+    corpus_statistics,
+    distributions,
+    trajectory_statistics,
+)
+from tw_jax.evals.sample import printable, sample_from_trajectory
+from tw_jax.view import charts
+from tw_jax.view.numbers import number
+from tw_jax.view.page import drawn_sample, render_page, write_page
+from tw_jax.view.svg import Labels
+
+_ROWS = (
+    # label, field, format
+    ("trajectories", "trajectories", "{:,.0f}"),
+    ("with a parallel block", "activation_ratio", "{:.1%}"),
+    ("strictly well-formed", "format_valid_rate", "{:.1%}"),
+    ("parallel ratio (tokens in blocks)", "parallel_ratio", "{:.3f}"),
+    ("total tokens", "total_tokens", "{:,.0f}"),
+    ("critical path, tokens", "critical_path", "{:,.0f}"),
+    ("self-parallelism", "self_parallelism", "{:.3f}"),
+    ("acceleration ratio", "acceleration_ratio", "{:.3f}"),
+    ("blocks per trajectory", "blocks_per_trajectory", "{:.2f}"),
+    ("threads per block", "threads_per_block", "{:.2f}"),
+    ("tokens per block", "tokens_per_block", "{:,.0f}"),
+    ("tokens per thread", "tokens_per_thread", "{:,.0f}"),
+    ("prompt tokens", "prompt_tokens", "{:,.0f}"),
+)
+_BARS = " ▁▂▃▄▅▆▇█"
+_BAR_COUNT = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class StatsConfig(CorpusConfig):
+    """What to count.
+
+    Attributes:
+      output: JSON file for the figures; null writes none.
+      page: HTML file with histograms, trajectories and what was rejected; null writes none.
+      samples: trajectories on the page: those with the highest acceleration ratio first.
+    """
+
+    output: str | None = None
+    page: str | None = None
+    samples: int = 3
+
+
+def run_stats(config: StatsConfig) -> dict[str, Any]:
+    """Counts, prints and writes.
+
+    Returns:
+      {"all": statistics, "files": {source: statistics}, "rejected": {kind: count}}, as written to
+      `config.output`.
+
+    Raises:
+      UserError: a source cannot be read or holds no good trajectory; a file cannot be written.
+    """
+    console = rich.console.Console()
+    corpus = open_corpus(config)
+    by_source: dict[str, list[TrajectoryStatistics]] = {}
+    best: list[tuple[float, int, dict[str, Any]]] = []
+    for source in corpus.sources:
+        counts = by_source.setdefault(source, [])
+        for item in counted(corpus.read(source), f"counting {source}"):
+            found = trajectory_statistics(item.trajectory, corpus.schema)
+            counts.append(found)
+            if config.page is not None and found.block_tokens:
+                best = _keep_best(best, found, item, corpus, config.samples)
+    everything = [item for counts in by_source.values() for item in counts]
+    columns = {source: corpus_statistics(counts) for source, counts in by_source.items()}
+    total = corpus_statistics(everything)
+    console.print(statistics_table({**columns, "all": total} if len(columns) > 1 else columns))
+    console.print(_histogram_table(distributions(everything)))
+    if corpus.rejects.total:
+        console.print(printable(corpus.rejects.summary()))
+    result = {
+        "all": total.to_json(),
+        "files": {source: found.to_json() for source, found in columns.items()},
+        "rejected": dict(corpus.rejects.counts),
+    }
+    if config.output is not None:
+        path = pathlib.Path(config.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        console.print(printable(config.output))
+    if config.page is not None:
+        samples = [sample for *_, sample in sorted(best, key=lambda entry: entry[:2])]
+        write_page(config.page, _page(config, columns, total, everything, samples, corpus))
+        console.print(printable(config.page))
+    return result
+
+
+def statistics_table(columns: Mapping[str, CorpusStatistics]) -> rich.table.Table:
+    """A column per corpus, a row per statistic."""
+    table = rich.table.Table(title="Trajectories", title_justify="left")
+    table.add_column("mean of")
+    for name in columns:
+        table.add_column(printable(name), justify="right", overflow="fold")
+    for label, field, form in _ROWS:
+        table.add_row(label, *(form.format(getattr(found, field)) for found in columns.values()))
+    return table
+
+
+def _histogram_table(values: Mapping[str, Sequence[float]]) -> rich.table.Table:
+    table = rich.table.Table(title="Distributions", title_justify="left")
+    for name in ("of", "least", "", "most"):
+        table.add_column(name, justify="right" if name == "least" else "left")
+    for name, found in values.items():
+        if found:
+            table.add_row(name, number(min(found)), _bars(found), number(max(found)))
+    return table
+
+
+def _bars(values: Sequence[float]) -> str:
+    """A histogram in one line of text."""
+    low, high = min(values), max(values)
+    counts = [0] * _BAR_COUNT
+    for value in values:
+        share = (value - low) / (high - low) if high > low else 0.5
+        counts[min(_BAR_COUNT - 1, int(share * _BAR_COUNT))] += 1
+    top = max(counts)
+    # Bins that hold anything show it.
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // top)] for count in counts)
+
+
+def _keep_best(
+    best: list[tuple[float, int, dict[str, Any]]],
+    found: TrajectoryStatistics,
+    item: Any,
+    corpus: Corpus,
+    count: int,
+) -> list[tuple[float, int, dict[str, Any]]]:
+    """The trajectories with the highest acceleration ratio; ties go to the first."""
+    key = (found.critical_path / found.total_tokens, item.line)
+    if len(best) == count and key >= best[-1][:2]:
+        return best
+    sample = sample_from_trajectory(
+        item.trajectory,
+        corpus.tokenizer,
+        critical_path=found.critical_path,
+        answer=item.record.answer,
+    )
+    return sorted([*best, (*key, sample)], key=lambda entry: entry[:2])[:count]
+
+
+def _page(
+    config: StatsConfig,
+    columns: Mapping[str, CorpusStatistics],
+    total: CorpusStatistics,
+    items: Sequence[TrajectoryStatistics],
+    samples: Sequence[Mapping[str, Any]],
+    corpus: Corpus,
+) -> str:
+    shown = {**columns, "all": total} if len(columns) > 1 else columns
+    rows = [
+        (label, [form.format(getattr(found, field)) for found in shown.values()])
+        for label, field, form in _ROWS
+    ]
+    histograms = []
+    for name, values in distributions(items).items():
+        if values:
+            mean = sum(values) / len(values)
+            labels = Labels(
+                key=name.replace(" ", "-").replace(",", ""),
+                title=name.capitalize(),
+                description=f"Histogram of {len(values):,} values, mean {number(mean)}.",
+                x=name,
+                y="count",
+            )
+            mark = charts.Mark(mean, f"mean {number(mean)}")
+            chart = charts.histogram(labels, values, [mark], size=charts.SMALL, low=0.0)
+            histograms.append((labels.title, chart))
+    problems = [problem for source in corpus.sources for problem in _problems(corpus, source)]
+    return render_page(
+        "data_stats.html.jinja",
+        title=", ".join(config.inputs),
+        facts=[("schema", config.schema), ("tokenizer", config.tokenizer or "character")],
+        columns=list(shown),
+        rows=rows,
+        histograms=histograms,
+        samples=[drawn_sample(sample, i) for i, sample in enumerate(samples)],
+        rejected=sorted(corpus.rejects.counts.items(), key=lambda kind: -kind[1]),
+        problems=problems,
+    )
+
+
+def _problems(corpus: Corpus, source: str) -> list[tuple[str, str]]:
+    return [(source, problem) for problem in corpus.rejects.first_of(source)]
