@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tw_jax.view import charts
+from tw_jax.view.histogram import Mark, histogram
 from tw_jax.view.numbers import times
 from tw_jax.view.svg import Labels
 
@@ -75,8 +76,8 @@ def test_scatter_draws_every_point_and_label():
 
 def test_histogram_counts_every_value_once():
     values = [1.0, 1.2, 1.2, 1.3, 2.0, math.nan]
-    marks = [charts.Mark(1.0, "no gain", "rule faint"), charts.Mark(1.34, "mean 1.34×")]
-    root = parse(charts.histogram(LABELS, values, marks, tick=times))
+    marks = [Mark(1.0, "no gain", "rule faint"), Mark(1.34, "mean 1.34×")]
+    root = parse(histogram(LABELS, values, marks, tick=times))
     bars = [e for e in root.iter() if e.attrib.get("class", "").startswith("bar")]
     counts = [int(bar[0].text.rpartition(": ")[2]) for bar in bars]
     assert sum(counts) == 5
@@ -86,8 +87,8 @@ def test_histogram_counts_every_value_once():
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
 def test_histograms_take_any_ratios(values):
-    mean = charts.Mark(sum(values) / len(values), "mean")
-    parse(charts.histogram(LABELS, values, [mean], low=0.95))
+    mean = Mark(sum(values) / len(values), "mean")
+    parse(histogram(LABELS, values, [mean], low=0.95))
 
 
 def test_timeline_has_a_lane_per_row_and_one_end_to_end():

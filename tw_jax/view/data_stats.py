@@ -20,6 +20,7 @@ from tw_jax.data.statistics import (
 )
 from tw_jax.evals.sample import printable, sample_from_trajectory
 from tw_jax.view import charts
+from tw_jax.view.histogram import Mark, histogram
 from tw_jax.view.numbers import number
 from tw_jax.view.page import drawn_sample, render_page, write_page
 from tw_jax.view.svg import Labels
@@ -181,8 +182,8 @@ def _page(
                 x=name,
                 y="count",
             )
-            mark = charts.Mark(mean, f"mean {number(mean)}")
-            chart = charts.histogram(labels, values, [mark], size=charts.SMALL, low=0.0)
+            mark = Mark(mean, f"mean {number(mean)}")
+            chart = histogram(labels, values, [mark], size=charts.SMALL, low=0.0)
             histograms.append((labels.title, chart))
     problems = [problem for source in corpus.sources for problem in _problems(corpus, source)]
     return render_page(

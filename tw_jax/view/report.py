@@ -10,6 +10,7 @@ from tw_jax.errors import UserError
 from tw_jax.evals.sample import printable
 from tw_jax.evals.sample import sample_from_rollout as sample_from_rollout
 from tw_jax.view import charts
+from tw_jax.view.histogram import Mark, histogram
 from tw_jax.view.numbers import interval_of, lookup, number, percent, times, value_of
 from tw_jax.view.page import drawn_sample, render_page, write_page
 from tw_jax.view.story import before_after_rows, headline_tiles, run_facts
@@ -202,8 +203,8 @@ def _speedups(data: ReportData) -> Figure | None:
         f"How many times shorter the chain of dependent tokens is, on each of "
         f"{len(data.speedups):,} held-out problems."
     )
-    marks = (charts.Mark(1.0, "no gain", "rule faint"), charts.Mark(mean, f"mean {times(mean)}"))
-    chart = charts.histogram(labels, data.speedups, marks, tick=times, low=0.95)
+    marks = (Mark(1.0, "no gain", "rule faint"), Mark(mean, f"mean {times(mean)}"))
+    chart = histogram(labels, data.speedups, marks, tick=times, low=0.95)
     return Figure(labels.title, chart, caption)
 
 
