@@ -81,6 +81,12 @@ VERBS = {
         folder_key="model",
         folder_name="folder of a run or of weights, hub id or URL",
     ),
+    "data task": Verb(
+        "tw_jax.data.export_task",
+        "TaskFileConfig",
+        "run_task_file",
+        "write solved problems of a task as trajectories",
+    ),
     "data stats": Verb(
         "tw_jax.view.data_stats",
         "StatsConfig",

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tw_jax import cli
+from tw_jax.data.export_task import export_task
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.trajectory_file import (
     LoadedTrajectory,
     TrajectoryRecord,
-    export_task,
     read_trajectories,
     write_trajectories,
 )
@@ -222,18 +223,29 @@ def test_export_task(tmp_path: pathlib.Path, rejects: Rejects) -> None:
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize(("style_mix", "blocks"), [(0.0, 0), (1.0, 1)])
+@pytest.mark.parametrize(("parallel_share", "blocks"), [(0.0, 0), (1.0, 1)])
 def test_export_of_one_style(
-    style_mix: float, blocks: int, tmp_path: pathlib.Path, rejects: Rejects
+    parallel_share: float, blocks: int, tmp_path: pathlib.Path, rejects: Rejects
 ) -> None:
     path = tmp_path / "data.jsonl"
-    export_task(TASK, "train", 20, 0, style_mix, path)
+    export_task(TASK, "train", 20, 0, parallel_share, path)
     assert {len(item.trajectory.blocks) for item in read(path, rejects)} == {blocks}
 
 
-def test_style_mix_is_checked(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="style_mix"):
+def test_parallel_share_is_checked(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="parallel_share"):
         export_task(TASK, "train", 1, 0, 50, tmp_path / "data.jsonl")
+
+
+def test_the_verb_writes_the_same_file(tmp_path: pathlib.Path, capsys: Any) -> None:
+    path, same = tmp_path / "data.jsonl", tmp_path / "same.jsonl"
+    words = ["task=sum_of_products", "count=30", "seed=2", "parallel_share=0.3", f"output={path}"]
+    assert cli.main(["data", "task", *words]) == 0
+    assert "30 trajectories of sum_of_products" in capsys.readouterr().out
+    assert export_task(TASK, "train", 30, 2, 0.3, same) == 30
+    assert path.read_bytes() == same.read_bytes()
+    assert cli.main(["data", "task", "parallel_share=3"]) == 2
+    assert "parallel_share" in capsys.readouterr().err
 
 
 @settings(

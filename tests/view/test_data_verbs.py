@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tw_jax import cli
-from tw_jax.data.trajectory_file import export_task
+from tw_jax.data.export_task import export_task
 from tw_jax.tasks.registry import TaskConfig, make_task
 
 TASK = make_task(TaskConfig())

@@ -27,7 +27,6 @@ from tw_jax.data.records import Record, RejectedRecord, read_records, required_t
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.text import encode_prompt, encode_response, unknown_characters
 from tw_jax.errors import UserError
-from tw_jax.tasks.task import Split, Task, choose_style
 from tw_jax.trajectory.schema import ParseError, Schema
 from tw_jax.trajectory.trajectory import Trajectory
 
@@ -159,42 +158,6 @@ def _fields(item: TrajectoryRecord) -> dict[str, Any]:
     fields = dataclasses.asdict(item)
     chat = fields.pop("chat")
     return {k: v for k, v in fields.items() if v is not None} | ({"prompt": chat} if chat else {})
-
-
-def export_task(
-    task: Task, split: Split, count: int, seed: int, style_mix: float, path: str | pathlib.Path
-) -> int:
-    """Writes problems of a task, solved, as a trajectory file.
-
-    Args:
-      task: makes the problems.
-      split: training or held-out ones.
-      count: number of problems, from index 0.
-      seed: of the problems and of the choice of styles.
-      style_mix: share of the problems that are solved in parallel, 0 to 1.
-      path: the file.
-
-    Returns:
-      Number of lines.
-
-    Raises:
-      UserError: `style_mix` is no share, or the file cannot be written.
-    """
-    if not 0 <= style_mix <= 1:
-        raise UserError(f"style_mix is the share of parallel solutions, 0 to 1; got {style_mix}")
-
-    def solved() -> Iterator[TrajectoryRecord]:
-        for index in range(count):
-            problem = task.problem(split, index, seed)
-            style = choose_style(split, index, seed, style_mix)
-            yield TrajectoryRecord(
-                prompt=problem.prompt,
-                response=problem.response(style),
-                answer=problem.answer,
-                id=f"{task.name}/{split}/{seed}/{index}/{style}",
-            )
-
-    return write_trajectories(path, solved())
 
 
 def trajectory_record(record: Record, columns: ColumnsConfig) -> TrajectoryRecord:
