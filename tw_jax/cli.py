@@ -81,6 +81,12 @@ VERBS = {
         folder_key="model",
         folder_name="folder of a run or of weights, hub id or URL",
     ),
+    "data rewrite": Verb(
+        "tw_jax.data.rewrite.command",
+        "RewriteConfig",
+        "run_rewrite",
+        "make parallel trajectories of sequential reasoning, by a language model",
+    ),
     "data task": Verb(
         "tw_jax.data.export_task",
         "TaskFileConfig",

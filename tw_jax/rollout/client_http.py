@@ -35,9 +35,23 @@ _REMEDIES: Mapping[int, str] = {
     422: "does server.dialect name the kind of server?",
 }
 
+_NO_REMEDY = "see the server's log"
+
 
 class CallError(UserError):
     """One call failed for good; calls of other rollouts may well succeed."""
+
+
+class RefusedError(CallError):
+    """The server refuses this request as it is (400, 413, 422); asking again changes nothing.
+
+    Attributes:
+      reason: status and what the server says of it.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ServerDownError(UserError):
@@ -121,11 +135,16 @@ class Server:
           read: makes a result of the decoded answer; its `AnswerError` is a passing failure.
 
         Raises:
-          CallError: this request was refused, or its repetitions are used up.
+          RefusedError: the server refuses this request.
+          CallError: its repetitions are used up.
           ServerDownError: no connection can be made.
           UserError: the server refuses all requests.
         """
         return await self._ask("POST", "completions", body, read)
+
+    async def chat(self, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """Asks for one chat completion; arguments and errors as for `complete`."""
+        return await self._ask("POST", "chat/completions", body, read)
 
     async def models(self) -> list[Mapping[str, Any]]:
         """What the server says of its models.
@@ -186,9 +205,11 @@ def _refuse(url: str, response: httpx.Response) -> None:
     status = response.status_code
     if status >= 500 or status in _PASSING:
         return
-    remedy = _REMEDIES.get(status, "see the server's log")
-    kind = CallError if status in _REQUEST_FAULTS else UserError
-    raise kind(f"{url}: status {status}{_reason(response)}; {remedy}")
+    reason = f"status {status}{_reason(response)}"
+    message = f"{url}: {reason}; {_REMEDIES.get(status, _NO_REMEDY)}"
+    if status in _REQUEST_FAULTS:
+        raise RefusedError(message, reason)
+    raise UserError(message)
 
 
 def _reason(response: httpx.Response) -> str:

@@ -1,0 +1,186 @@
+"""`tw-jax data rewrite`: sequential traces in, validated parallel trajectories out."""
+
+import asyncio
+import collections
+import os
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from tw_jax.data.progress import counted
+from tw_jax.data.rejects import Rejects
+from tw_jax.data.rewrite.asker import Asker
+from tw_jax.data.rewrite.config import ChatServerConfig, RewriteConfig
+from tw_jax.data.rewrite.estimate import estimate_rest
+from tw_jax.data.rewrite.ledger import Ledger
+from tw_jax.data.rewrite.output import output_paths, write_results
+from tw_jax.data.rewrite.progress import shown_progress
+from tw_jax.data.rewrite.prompts import Prompt, load_prompts
+from tw_jax.data.rewrite.report import estimate_table, yield_table, yields
+from tw_jax.data.rewrite.source import SourceTrace, read_traces
+from tw_jax.data.rewrite.spending import Purse
+from tw_jax.data.rewrite.trace_rewrite import Outcome, TraceRewriter
+from tw_jax.data.rewrite.validation import Validator, load_validator
+from tw_jax.errors import UserError
+from tw_jax.rollout.client_http import Server
+
+__all__ = ["RewriteConfig", "run_rewrite"]
+
+UNFINISHED_STATUS = 1
+
+
+def run_rewrite(config: RewriteConfig) -> int:
+    """Rewrites the traces of a source.
+
+    Returns:
+      The exit status: 0 if every trace is written or rejected (or in a dry run), 1 if some are
+      not finished.
+
+    Raises:
+      UserError: the input, the server or the folder cannot be used. What was finished before a
+        server failed is written.
+    """
+    api_key = None if config.dry_run else _api_key(config.server, os.environ)
+    console = Console()
+    paths = output_paths(config.output, config.dry_run)
+    validator = load_validator(config.tokenizer)
+    _make_folder(config)
+    rejects = Rejects(paths.rejects)
+    traces = _good_traces(config, validator, rejects)
+    at_input = rejects.total
+    prompts = load_prompts()
+    with Ledger(paths.answers, read_only=config.dry_run) as ledger:
+        outcomes, fatal = asyncio.run(
+            _rewrite_all(config, traces, validator, prompts, ledger, api_key, console)
+        )
+        costs = ledger.costs()
+    if not config.dry_run:
+        write_results(
+            paths,
+            outcomes,
+            rejects,
+            costs,
+            model=config.server.model,
+            prompts=prompts,
+        )
+    console.print(yield_table(len(traces), at_input, yields(outcomes, costs)))
+    if config.dry_run:
+        rest = estimate_rest(outcomes, prompts, config.limits, costs)
+        console.print(estimate_table(rest, config.server))
+        return 0
+    unfinished = collections.Counter(o.kind for o in outcomes if o.status == "unfinished")
+    written = sum(outcome.status == "written" for outcome in outcomes)
+    _say(console, f"{paths.trajectories}: {written} trajectories written, {rejects.summary()}")
+    if fatal is not None:
+        raise UserError(
+            f"{fatal} Stopped with {unfinished.total()} traces not finished; what was finished is "
+            "written, and the same command goes on from there"
+        )
+    if unfinished:
+        _say(console, _how_to_go_on(unfinished))
+        return UNFINISHED_STATUS
+    return 0
+
+
+def _good_traces(
+    config: RewriteConfig, validator: Validator, rejects: Rejects
+) -> list[SourceTrace]:
+    """All good traces, read before anything is spent.
+
+    Raises:
+      UserError: there is none, or more of the input is bad than admitted.
+    """
+    traces = []
+    for trace in counted(read_traces(config, validator, rejects), "reading"):
+        traces.append(trace)
+        if len(traces) == config.max_traces:
+            break
+    rejects.require_share(len(traces), config.max_reject_share)
+    if not traces:
+        names = ", ".join(config.inputs)
+        raise UserError(f"{names}: there is no trace to rewrite: {rejects.summary()}")
+    return traces
+
+
+async def _rewrite_all(
+    config: RewriteConfig,
+    traces: Sequence[SourceTrace],
+    validator: Validator,
+    prompts: Mapping[str, Prompt],
+    ledger: Ledger,
+    api_key: str | None,
+    console: Console,
+) -> tuple[list[Outcome], UserError | None]:
+    """Outcomes in the order of the traces, and what stopped the run, if something did."""
+    settings, spent = config.server, ledger.total()
+    purse = Purse(config.budget, spent.usd, spent.tokens)
+    outcomes: dict[int, Outcome] = {}
+    async with Server(
+        settings.url,
+        api_key=api_key,
+        concurrency=settings.concurrency,
+        call_timeout_s=settings.call_timeout_s,
+        retry=settings.retry,
+    ) as server:
+        asker = Asker(
+            settings,
+            prompts,
+            ledger,
+            purse,
+            None if config.dry_run else server,
+            config.limits.attempts,
+        )
+        rewriter = TraceRewriter(asker, config.limits, validator, config.keep_sequential)
+        waiting = collections.deque(enumerate(traces))
+
+        def status() -> str:
+            return f"{purse.tokens:,} tokens, {purse.usd:.4f} USD"
+
+        with shown_progress(len(traces), status, console) as advance:
+
+            async def work() -> None:
+                while waiting:
+                    index, trace = waiting.popleft()
+                    outcomes[index] = await rewriter.rewrite(trace)
+                    advance()
+
+            # As many traces as calls: most of the time each waits for one.
+            await asyncio.gather(*(work() for _ in range(min(settings.concurrency, len(traces)))))
+    return [outcomes[index] for index in range(len(traces))], asker.fatal
+
+
+def _api_key(server: ChatServerConfig, environment: Mapping[str, str]) -> str | None:
+    if server.api_key_env is None:
+        return None
+    key = environment.get(server.api_key_env)
+    if not key:
+        raise UserError(
+            f"server.api_key_env: the environment variable {server.api_key_env} is not set"
+        )
+    return key
+
+
+def _make_folder(config: RewriteConfig) -> None:
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output={config.output}: the folder cannot be made: {error.strerror}; choose another"
+        ) from error
+
+
+def _how_to_go_on(unfinished: collections.Counter[str]) -> str:
+    remedies = {
+        "budget": "raise budget.max_usd or budget.max_tokens",
+        "call_failed": "see whether the server is busy or down, or raise server.retry.retries",
+        "not_asked": "see why the run stopped",
+    }
+    kinds = ", ".join(f"{count} {kind} ({remedies[kind]})" for kind, count in unfinished.items())
+    return (
+        f"{unfinished.total()} traces are not finished: {kinds}; run the same command again: what "
+        "was paid for is kept and is not asked again"
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,122 @@
+"""The files of a rewriting run: each appears whole or not at all, in the order of the input."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tw_jax.data.rejects import Rejects
+from tw_jax.data.rewrite.ledger import StageCost
+from tw_jax.data.rewrite.prompts import Prompt
+from tw_jax.data.rewrite.report import summary
+from tw_jax.data.rewrite.trace_rewrite import Outcome
+from tw_jax.data.trajectory_file import write_trajectories
+from tw_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputPaths:
+    """Where the files of a run lie.
+
+    Attributes:
+      trajectories: the rewritten traces.
+      provenance: how each good record of the input fared, and what was changed in it.
+      rejects: what could not be rewritten, and why.
+      summary: counts and costs.
+      answers: every answer that was paid for.
+    """
+
+    trajectories: pathlib.Path
+    provenance: pathlib.Path
+    rejects: pathlib.Path
+    summary: pathlib.Path
+    answers: pathlib.Path
+
+
+def output_paths(folder: pathlib.Path, dry_run: bool) -> OutputPaths:
+    """The files in a folder; a dry run has its own list of rejects, and writes no other."""
+    return OutputPaths(
+        trajectories=folder / "trajectories.jsonl",
+        provenance=folder / "provenance.jsonl",
+        rejects=folder / ("dry_run_rejects.jsonl" if dry_run else "rejects.jsonl"),
+        summary=folder / "summary.json",
+        answers=folder / "answers.sqlite",
+    )
+
+
+def write_results(
+    paths: OutputPaths,
+    outcomes: Sequence[Outcome],
+    rejects: Rejects,
+    costs: Mapping[str, StageCost],
+    *,
+    model: str,
+    prompts: Mapping[str, Prompt],
+) -> None:
+    """Writes everything that is known of the traces so far.
+
+    Args:
+      paths: where to.
+      outcomes: of all good traces, in input order.
+      rejects: the rejected records of the input; rejected traces are added.
+      costs: by stage.
+      model: what answered.
+      prompts: the prompts in use.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    records = (outcome.record for outcome in outcomes)
+    write_trajectories(paths.trajectories, (record for record in records if record is not None))
+    versions = {prompt.name: prompt.sha256 for prompt in prompts.values()}
+    with _replacing(paths.provenance) as out:
+        for outcome in outcomes:
+            out.write(json.dumps(_provenance(outcome, model, versions)) + "\n")
+    for outcome in outcomes:
+        if outcome.status == "rejected":
+            trace = outcome.trace
+            rejects.add(trace.file, trace.line, outcome.kind, outcome.message)
+    with _replacing(paths.summary) as out:
+        out.write(json.dumps(summary(outcomes, rejects.counts, costs), indent=2) + "\n")
+
+
+def _provenance(outcome: Outcome, model: str, prompts: Mapping[str, str]) -> dict[str, Any]:
+    trace, progress = outcome.trace, outcome.progress
+    return {
+        "id": trace.id,
+        "file": trace.file,
+        "line": trace.line,
+        "status": outcome.status,
+        "kind": outcome.kind or None,
+        "reasoning_sha256": hashlib.sha256(trace.reasoning.encode()).hexdigest(),
+        "lines": len(trace.lines),
+        "model": model,
+        "prompts": prompts,
+        "stages": [
+            {"stage": stage, "blocks": progress.blocks.get(stage)} for stage in progress.passed
+        ],
+        "dropped": [dataclasses.asdict(drop) for drop in progress.drops],
+        "blocks": outcome.blocks,
+    }
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[Any]:
+    """A text file that takes the place of `path` when it is complete."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another output") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
