@@ -8,6 +8,7 @@ import sys
 
 BENCHMARKS = (
     "trie",
+    "data",
     "train",
     "sft",
     "rollout",

@@ -11,7 +11,7 @@ from tw_jax.config import load_config
 from tw_jax.quickstart import QuickstartConfig
 from tw_jax.train.optimizer import make_optimizer
 from tw_jax.train.run_dir import new_model
-from tw_jax.train.sft import training_batches, useful_tokens
+from tw_jax.train.sft_data import training_batches, useful_tokens
 from tw_jax.train.state import init_train_state
 from tw_jax.train.update import make_update, nll_sum
 

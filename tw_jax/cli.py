@@ -87,6 +87,19 @@ VERBS = {
         "run_rewrite",
         "make parallel trajectories of sequential reasoning, by a language model",
     ),
+    "data selftrain": Verb(
+        "tw_jax.selftrain.command",
+        "SelfTrainConfig",
+        "run_selftrain",
+        "sample trajectories, keep the best, write the next training set",
+        folder_key="checkpoint",
+    ),
+    "data pack": Verb(
+        "tw_jax.data.pack",
+        "PackConfig",
+        "run_pack",
+        "pack trajectories into rows, as a store that training reads",
+    ),
     "data task": Verb(
         "tw_jax.data.export_task",
         "TaskFileConfig",

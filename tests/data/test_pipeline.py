@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tw_jax.data.export_task import export_task
+from tw_jax.data.over_long import file_trajectories
 from tw_jax.data.packing import LossWeights, WeightedTrie
 from tw_jax.data.pipeline import packed_batches
-from tw_jax.data.sources import TaskTrajectories, file_trajectories
-from tw_jax.data.trajectory_file import TrajectoryRecord, export_task, write_trajectories
+from tw_jax.data.task_source import TaskTrajectories
+from tw_jax.data.trajectory_file import TrajectoryRecord, write_trajectories
 from tw_jax.errors import UserError
 from tw_jax.tasks.registry import TaskConfig, make_task
 

@@ -13,7 +13,7 @@ import pytest
 from tests.random_trajectories import BLOCKS
 from tests.train.crash import crashed_and_restarted
 from tw_jax.config import to_yaml
-from tw_jax.data.trajectory_file import export_task
+from tw_jax.data.export_task import export_task
 from tw_jax.errors import UserError
 from tw_jax.tasks.registry import TaskConfig, make_task
 from tw_jax.train.run_dir import load_run

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int8, Int32
 
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.trajectory.trie import TokenKind, Trie
@@ -15,6 +15,9 @@ from tw_jax.trajectory.trie import TokenKind, Trie
 # leave fewer tiles to compute. Every backend's tiles (64 to 512) divide 128 or are multiples of it;
 # larger multiples need more free tokens, which well filled rows do not have.
 _START_MULTIPLE = 128
+
+# In place of a `TokenKind`.
+PADDING_KIND = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,15 @@ class LossWeights:
 
     def of(self, trie: Trie) -> Float32[np.ndarray, "len"]:
         """Weight of every token of a trie; prompts weigh 0."""
-        by_kind = np.zeros(len(TokenKind), np.float32)
+        return self.of_kinds(trie.kind)
+
+    def of_kinds(self, kind: Int8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+        """Weight of tokens of these kinds; prompts and padding (`PADDING_KIND`) weigh 0."""
+        by_kind = np.zeros(len(TokenKind) + 1, np.float32)  # the last place is the index -1
         by_kind[TokenKind.SAMPLED] = self.sampled
         by_kind[TokenKind.JOINED] = self.joined
         by_kind[TokenKind.FORCED] = self.forced
-        return by_kind[trie.kind]
+        return by_kind[kind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,31 @@ class WeightedTrie:
     advantage: Float32[np.ndarray, "len"] | None = None
     sampler_logprob: Float32[np.ndarray, "len"] | None = None
     rollout_id: Int32[np.ndarray, "len"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrieRows:
+    """Tries laid into rows, before anything weighs their tokens; see `PackedBatch`.
+
+    Attributes:
+      tokens: `[rows, row_len]`.
+      positions: `[rows, row_len]`.
+      parent: `[rows, row_len]`.
+      visible_end: `[rows, row_len]`.
+      hidden_start: `[depth, rows, row_len]`.
+      hidden_end: `[depth, rows, row_len]`.
+      kind: `[rows, row_len]`, a `TokenKind`, or `PADDING_KIND`.
+      spans: where the tries of every row lie.
+    """
+
+    tokens: Int32[np.ndarray, "rows row_len"]
+    positions: Int32[np.ndarray, "rows row_len"]
+    parent: Int32[np.ndarray, "rows row_len"]
+    visible_end: Int32[np.ndarray, "rows row_len"]
+    hidden_start: Int32[np.ndarray, "depth rows row_len"]
+    hidden_end: Int32[np.ndarray, "depth rows row_len"]
+    kind: Int8[np.ndarray, "rows row_len"]
+    spans: list[list[slice]]
 
 
 def best_fit_rows(lengths: Sequence[int], row_len: int) -> list[list[int]]:
@@ -89,6 +121,30 @@ def best_fit_rows(lengths: Sequence[int], row_len: int) -> list[list[int]]:
     return rows
 
 
+def rows_to_write(
+    lengths: Sequence[int], row_len: int, multiple: int, *, last: bool
+) -> tuple[list[list[int]], list[int]]:
+    """Packs what waits, and says which rows are done with.
+
+    Rows are given away in multiples; the emptiest are taken apart and wait, so that later items
+    fill them.
+
+    Args:
+      lengths: item lengths, each at most `row_len`.
+      row_len: capacity of a row.
+      multiple: of rows that are given away.
+      last: nothing comes later; all rows are given away.
+
+    Returns:
+      Item indices of every row that is given away, and the items that wait.
+    """
+    rows = best_fit_rows(lengths, row_len)
+    count = len(rows) if last else len(rows) // multiple * multiple
+    fullest = sorted(range(len(rows)), key=lambda r: -sum(lengths[i] for i in rows[r]))
+    done = [rows[r] for r in sorted(fullest[:count])]
+    return done, [i for r in sorted(fullest[count:]) for i in rows[r]]
+
+
 def row_starts(lengths: Sequence[int], row_len: int, multiple: int = _START_MULTIPLE) -> list[int]:
     """Where each item of a row begins: in order, at multiples as far as free tokens last.
 
@@ -113,31 +169,48 @@ def row_starts(lengths: Sequence[int], row_len: int, multiple: int = _START_MULT
     return starts
 
 
-def pack_rows(rows: Sequence[Sequence[WeightedTrie]], row_len: int) -> PackedBatch:
+def lay_out_rows(rows: Sequence[Sequence[Trie]], row_len: int) -> TrieRows:
     """Lays each row's tries into it in order, at `row_starts`, with padding between and behind.
 
-    Padding tokens are roots that see only themselves and carry no weight, so they change nothing.
-    All tries must hide to the same depth.
+    Padding tokens are roots that see only themselves. All tries must hide to the same depth.
     """
     shape = (len(rows), row_len)
-    depth = next((len(item.trie.hidden_start) for row in rows for item in row), 0)
+    depth = next((len(trie.hidden_start) for row in rows for trie in row), 0)
     own_index = np.broadcast_to(np.arange(row_len, dtype=np.int32), shape)
     tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     parent, visible_end = own_index.copy(), own_index + np.int32(1)
     hidden_start, hidden_end = (np.zeros((depth, *shape), np.int32) for _ in range(2))
+    kind = np.full(shape, PADDING_KIND, np.int8)
+    all_spans = []
+    for r, row in enumerate(rows):
+        starts = row_starts([len(trie) for trie in row], row_len)
+        spans = [slice(start, start + len(trie)) for trie, start in zip(row, starts, strict=True)]
+        all_spans.append(spans)
+        for trie, span in zip(row, spans, strict=True):
+            tokens[r, span], positions[r, span], kind[r, span] = (
+                trie.tokens,
+                trie.positions,
+                trie.kind,
+            )
+            parent[r, span] = trie.parent + span.start
+            visible_end[r, span] = trie.visible_end + span.start
+            used = trie.hidden_end > 0
+            hidden_start[:, r, span] = np.where(used, trie.hidden_start + span.start, 0)
+            hidden_end[:, r, span] = np.where(used, trie.hidden_end + span.start, 0)
+    return TrieRows(
+        tokens, positions, parent, visible_end, hidden_start, hidden_end, kind, all_spans
+    )
+
+
+def pack_rows(rows: Sequence[Sequence[WeightedTrie]], row_len: int) -> PackedBatch:
+    """Lays weighted tries into rows (`lay_out_rows`); padding weighs nothing."""
+    laid = lay_out_rows([[item.trie for item in row] for row in rows], row_len)
+    shape = laid.tokens.shape
     weight, advantage, sampler = (np.zeros(shape, np.float32) for _ in range(3))
     rollout_id = np.full(shape, -1, np.int32)
     rl = False
     for r, row in enumerate(rows):
-        starts = row_starts([len(item.trie) for item in row], row_len)
-        for item, start in zip(row, starts, strict=True):
-            trie, span = item.trie, slice(start, start + len(item.trie))
-            tokens[r, span], positions[r, span] = trie.tokens, trie.positions
-            parent[r, span] = trie.parent + start
-            visible_end[r, span] = trie.visible_end + start
-            used = trie.hidden_end > 0
-            hidden_start[:, r, span] = np.where(used, trie.hidden_start + start, 0)
-            hidden_end[:, r, span] = np.where(used, trie.hidden_end + start, 0)
+        for item, span in zip(row, laid.spans[r], strict=True):
             weight[r, span] = item.loss_weight
             if (
                 item.advantage is not None
@@ -148,12 +221,12 @@ def pack_rows(rows: Sequence[Sequence[WeightedTrie]], row_len: int) -> PackedBat
                 advantage[r, span], sampler[r, span] = item.advantage, item.sampler_logprob
                 rollout_id[r, span] = item.rollout_id
     return PackedBatch(
-        tokens=tokens,
-        positions=positions,
-        parent=parent,
-        visible_end=visible_end,
-        hidden_start=hidden_start,
-        hidden_end=hidden_end,
+        tokens=laid.tokens,
+        positions=laid.positions,
+        parent=laid.parent,
+        visible_end=laid.visible_end,
+        hidden_start=laid.hidden_start,
+        hidden_end=laid.hidden_end,
         loss_weight=weight,
         advantage=advantage if rl else None,
         sampler_logprob=sampler if rl else None,

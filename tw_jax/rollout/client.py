@@ -26,7 +26,13 @@ from tw_jax.rollout.client_dialect import (
     payload,
     read_completion,
 )
-from tw_jax.rollout.client_http import CallError, RetryPolicy, Server, ServerDownError
+from tw_jax.rollout.client_http import (
+    CallError,
+    RefusedError,
+    RetryPolicy,
+    Server,
+    ServerDownError,
+)
 from tw_jax.rollout.request import Request, check_request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling_table import check_sampling
@@ -209,7 +215,8 @@ class RolloutClient:
                     )
                 except CallError as error:
                     failed[index] = error
-                    in_a_row.note(server.calls, error)
+                    if not isinstance(error, RefusedError):  # a server that refuses is there
+                        in_a_row.note(server.calls, error)
                     continue
                 rollouts[index] = rollout
                 if on_finish is not None:

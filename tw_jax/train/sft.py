@@ -1,6 +1,6 @@
 """Supervised fine-tuning on trie-packed trajectories.
 
-1. Each step takes the next `gradient_accumulation` batches of packed rows from the grain pipeline.
+1. Each step takes the next `gradient_accumulation` batches of packed rows (`train.sft_data`).
 2. `train.update` turns them into one optimizer update on the global weighted token mean.
 3. Every `eval_every` steps the held-out loss is measured on fixed batches; every
    `checkpoint_every` steps parameters, optimizer and data position are saved.
@@ -13,27 +13,20 @@ is neither differentiated nor donated nor saved (`tw_jax.train.trainable`).
 
 import dataclasses
 import itertools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tw_jax.config_checks import require_at_least, require_seed, require_share
+from tw_jax.config_checks import require_at_least, require_seed
 from tw_jax.data.packed_batch import PackedBatch
-from tw_jax.data.packing import LossWeights, WeightedTrie
-from tw_jax.data.pipeline import RandomAccess, packed_batches
-from tw_jax.data.sources import TaskTrajectories, file_trajectories
 from tw_jax.errors import UserError
 from tw_jax.models.lora import AdapterConfig
 from tw_jax.parallel.attention import check_backend
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
-from tw_jax.tasks.registry import TaskConfig, make_task
-from tw_jax.tasks.task import Split
+from tw_jax.tasks.registry import TaskConfig
 from tw_jax.train.checkpoint import Checkpointer
 from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -48,42 +41,16 @@ from tw_jax.train.run_dir import (
     prepare_run_dir,
     write_config,
 )
+from tw_jax.train.sft_data import (
+    SFTDataConfig,
+    heldout_batches,
+    store_hashes,
+    training_batches,
+    useful_tokens,
+)
 from tw_jax.train.tracker import TrackerConfig, make_tracker
 from tw_jax.train.trainable import part
 from tw_jax.train.update import MemoryConfig, make_update, nll_sum
-from tw_jax.trajectory.trajectory import Trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class SFTDataConfig:
-    """Where trajectories come from and how they are packed.
-
-    Attributes:
-      files: JSONL trajectory files; empty to generate trajectories from the task as they are
-        needed.
-      parallel_share: share of generated problems that are shown in parallel style.
-      row_len: tokens per packed row.
-      rows: rows per micro-batch.
-      window: tries that are packed together; more pack tighter.
-      epochs: passes over the files; null repeats them until the steps are done.
-      loss: weight of each kind of token.
-      heldout_batches: batches of the held-out loss; 0 for none.
-      heldout_files: JSONL files of the held-out loss; empty takes the task's held-out split.
-    """
-
-    files: tuple[str, ...] = ()
-    parallel_share: float = 0.5
-    row_len: int = 1024
-    rows: int = 2
-    window: int = 128
-    epochs: int | None = None
-    loss: LossWeights = LossWeights()
-    heldout_batches: int = 4
-    heldout_files: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_at_least(self, row_len=1, rows=1, window=1, epochs=1, heldout_batches=0)
-        require_share(self, "parallel_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +65,7 @@ class SFTConfig:
       model: which model.
       adapter: train a low-rank adapter on a frozen base, which may be quantised; null trains the
         whole model.
-      task: what is trained when no files are given, and what is evaluated.
+      task: what is trained when neither files nor stores are given, and what is evaluated.
       data: see `SFTDataConfig`.
       optimizer: see `OptimizerConfig`.
       memory: see `MemoryConfig`.
@@ -180,7 +147,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     model, trainable = part(model, config.adapter, config.model, config.seed, layout)
     frozen = trainable.frozen
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
-    batches = iter(training_batches(config, model))
+    batches = iter(training_batches(config, model, layout))
 
     optimizer = make_optimizer(config.optimizer, config.steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
@@ -200,6 +167,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
         seed=config.seed,
         task=dataclasses.asdict(config.task),
         data=dataclasses.asdict(config.data),
+        stores=store_hashes(config.data),
         gradient_accumulation=config.gradient_accumulation,
         **trainable.settings,
     )
@@ -227,7 +195,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
             while step < config.steps and not interrupt.requested_anywhere():
                 micro = list(itertools.islice(batches, config.gradient_accumulation))
                 if len(micro) < config.gradient_accumulation:
-                    break  # the files are used up
+                    break  # the files or stores are used up
                 state, sums = update(state, [placement.batch(batch) for batch in micro], frozen)
                 step += 1
                 tokens_since_log += useful_tokens(micro)
@@ -276,91 +244,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     )
 
 
-def useful_tokens(batches: Sequence[PackedBatch]) -> int:
-    """Tokens that are not padding: padding sees only itself and predicts itself."""
-    own = np.arange(batches[0].row_len)
-    padding = sum(
-        int(np.sum((b.visible_end == own + 1) & (b.parent == own) & (b.positions == 0)))
-        for b in batches
-    )
-    return sum(b.tokens.size for b in batches) - padding
-
-
 def _mean_loss(sums: Callable, params: Any, batches: Sequence[PackedBatch], frozen: Any) -> float:
     totals = [sums(params, batch, frozen) for batch in batches]
     weight = sum(float(t["weight"]) for t in totals)
     return sum(float(t["loss"]) for t in totals) / max(weight, 1e-20)
-
-
-def training_batches(config: SFTConfig, model: LoadedModel) -> grain.IterDataset:
-    """The run's training data: its files in a new order each epoch, or the task's stream."""
-    data = config.data
-    if data.files:
-        rejects = pathlib.Path(config.run_dir) / "rejects.jsonl"
-        source: RandomAccess = file_trajectories(
-            data.files, model.tokenizer, model.schema, data.row_len, rejects
-        )
-    else:
-        source = _task_trajectories(config, model, "train")
-    epochs = data.epochs if data.files else None
-    return _packed(config, model, source, shuffle=bool(data.files), epochs=epochs)
-
-
-def heldout_batches(config: SFTConfig, model: LoadedModel) -> list[PackedBatch]:
-    """The fixed batches of the held-out loss; none where training files come without."""
-    data = config.data
-    if not data.heldout_batches or (data.files and not data.heldout_files):
-        return []
-    if data.heldout_files:
-        rejects = pathlib.Path(config.run_dir) / "heldout_rejects.jsonl"
-        source: RandomAccess = file_trajectories(
-            data.heldout_files, model.tokenizer, model.schema, data.row_len, rejects
-        )
-    else:
-        source = _task_trajectories(config, model, "heldout")
-    batches = _packed(config, model, source, shuffle=False, epochs=1)
-    return list(itertools.islice(batches, data.heldout_batches))
-
-
-def _packed(
-    config: SFTConfig,
-    model: LoadedModel,
-    source: RandomAccess,
-    *,
-    shuffle: bool,
-    epochs: int | None,
-) -> grain.IterDataset:
-    data = config.data
-
-    def to_trie(trajectory: Trajectory) -> WeightedTrie:
-        trie = model.schema.forest([trajectory])
-        return WeightedTrie(trie, data.loss.of(trie))
-
-    return packed_batches(
-        source,
-        to_trie,
-        rows=data.rows,
-        row_len=data.row_len,
-        window=data.window,
-        seed=config.seed,
-        shuffle=shuffle,
-        epochs=epochs,
-    )
-
-
-def _task_trajectories(config: SFTConfig, model: LoadedModel, split: Split) -> TaskTrajectories:
-    source = TaskTrajectories(
-        make_task(config.task),
-        model.tokenizer,
-        model.schema,
-        split=split,
-        seed=config.seed,
-        parallel_share=config.data.parallel_share,
-    )
-    longest = source.longest_trie_len()
-    if longest > config.data.row_len:
-        raise UserError(
-            f"data.row_len={config.data.row_len} is too short: the longest trie of task "
-            f"{config.task.name!r} has {longest} tokens; set data.row_len to at least that"
-        )
-    return source

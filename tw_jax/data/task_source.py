@@ -1,14 +1,10 @@
-"""Random-access sources of trajectories: a task's endless stream, or files."""
+"""A task's endless stream of trajectories, by index."""
 
-import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tw_jax.data.rejects import Rejects
 from tw_jax.data.text import encode_prompt, encode_response
-from tw_jax.data.trajectory_file import read_trajectories
 from tw_jax.errors import UserError
 from tw_jax.tasks.task import Problem, Split, Style, Task, choose_style
 from tw_jax.trajectory.schema import Schema
@@ -68,36 +64,3 @@ class TaskTrajectories:
         if isinstance(parsed, tuple):
             raise ValueError(f"the task {self._task.name!r} wrote a malformed block: {parsed[0]}")
         return parsed
-
-
-def file_trajectories(
-    paths: Sequence[str],
-    tokenizer: Any,
-    schema: Schema,
-    row_len: int,
-    rejects_path: pathlib.Path,
-) -> list[Trajectory]:
-    """Good trajectories of all files; bad and over-long ones are counted and set aside.
-
-    Raises:
-      UserError: a file cannot be read, or holds no trajectory that fits a row.
-    """
-    rejects = Rejects(rejects_path)
-    kept: list[Trajectory] = []
-    for path in paths:
-        before = len(kept)
-        for item in read_trajectories(path, schema, tokenizer, rejects):
-            trie_len = len(schema.forest([item.trajectory]))
-            if trie_len > row_len:
-                message = f"the trie has {trie_len} tokens; a row holds {row_len}"
-                rejects.add(path, item.line, "too_long", message)
-            else:
-                kept.append(item.trajectory)
-        if len(kept) == before:
-            raise UserError(
-                f"{path}: no trajectory fits a row of {row_len} tokens; raise data.row_len "
-                f"({rejects.summary()})"
-            )
-    if rejects.total:
-        print(f"{len(kept)} trajectories read; {rejects.summary()}")
-    return kept

@@ -1,0 +1,1 @@
+"""Self-training: a model's own best trajectories become its next training set."""

@@ -1,0 +1,243 @@
+"""`tw-jax data selftrain`: problems -> samples -> grades -> selection -> the next training set.
+
+Problems are worked through in rounds, so that neither their number nor the length of trajectories
+is bounded by memory: of a finished round there remain counts, and what may be written in a file
+without a name. Every finished rollout lies in `rollouts/`, one file per round; all else is computed
+from them anew, in the same order, and appears at the end. A run that was killed therefore samples
+only what is missing, and writes the same bytes.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import rich.console
+
+from tw_jax import config as configs
+from tw_jax.data.rejects import Rejects
+from tw_jax.data.statistics import CorpusStatistics, corpus_statistics, trajectory_statistics
+from tw_jax.data.trajectory_file import read_trajectories, write_trajectories
+from tw_jax.errors import UserError
+from tw_jax.evals.answerer import Answerer, engine_answerer
+from tw_jax.evals.remote import remote_answerer
+from tw_jax.rewards.graders import Grader, grade_answers, open_grader, task_grader
+from tw_jax.rollout.client_http import ServerDownError
+from tw_jax.rollout.rollout import Rollout
+from tw_jax.rollout.rollout_file import generate_resumably
+from tw_jax.selftrain.candidate import judged, read_rollout
+from tw_jax.selftrain.config import SelfTrainConfig
+from tw_jax.selftrain.output import OutputPaths, output_paths, write_text
+from tw_jax.selftrain.printed import print_report
+from tw_jax.selftrain.questions import Question, read_questions, rounds
+from tw_jax.selftrain.selection import balance
+from tw_jax.selftrain.spool import Spool
+from tw_jax.selftrain.tally import Tally
+from tw_jax.selftrain.yields import SelfTrainReport, pass_rate_histogram, rule_yields
+from tw_jax.tasks.registry import make_task
+from tw_jax.train.progress import TrainingProgress, training_progress
+from tw_jax.train.run_dir import load_run
+
+__all__ = ["SelfTrainConfig", "run_selftrain"]
+
+
+def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
+    """Samples, grades, selects, and writes the next training set.
+
+    Raises:
+      UserError: no such model, unusable problems, a folder that cannot be written, or a selection
+        that keeps nothing.
+    """
+    paths = output_paths(config.output)
+    write_text(paths.config, [configs.to_yaml(config)])
+    answerer = _answerer(config)
+    rejects = Rejects(paths.rejects)
+    questions = read_questions(config, answerer, rejects)
+    with Spool(config.output) as records, Spool(config.output) as drops:
+        tally = Tally(records, drops)
+        if config.problems:
+            with open_grader(config.grading) as grader:
+                _work_through(config, answerer, questions, grader, paths, tally)
+        else:
+            grader = task_grader(make_task(config.task))
+            _work_through(config, answerer, questions, grader, paths, tally)
+        kept, unbalanced = balance(config.selection, config.seed, tally.kept)
+        for drop in unbalanced:
+            tally.drop(questions[drop.problem].problem, drop)
+        write_text(paths.dropped, (json.dumps(drop) + "\n" for drop in drops))
+        if kept:
+            write_trajectories(paths.trajectories, map(tally.record, kept))
+    report = SelfTrainReport(
+        source=answerer.source,
+        schema=answerer.schema.name,
+        problems=len(questions),
+        rejected_problems=dict(rejects.counts),
+        samples=tally.samples,
+        kept=len(kept),
+        problems_kept=len({item.problem for item in kept}),
+        rules=rule_yields(tally.samples + tally.failed, tally.dropped, tally.broken),
+        grades=dict(sorted(tally.grades.items())),
+        format_breaks=dict(sorted(tally.format_breaks.items())),
+        pass_rates=pass_rate_histogram(tally.pass_rates, config.selection.pass_rate_bins),
+        sampled=corpus_statistics(tally.sampled),
+        written=_written_statistics(answerer, paths) if kept else corpus_statistics([]),
+    )
+    write_text(paths.report, [json.dumps(report.to_json(), indent=2) + "\n"])
+    print_report(rich.console.Console(), report)
+    if not kept:
+        worst = max(report.rules, key=lambda rule: rule.dropped)
+        raise UserError(
+            f"nothing is kept of {report.samples} samples; the rule {worst.rule!r} dropped most "
+            f"({worst.dropped}). {paths.dropped} says why, sample by sample; loosen selection.*, "
+            f"or sample more. {paths.trajectories} was not written"
+        )
+    print(paths.trajectories)
+    return report
+
+
+def _answerer(config: SelfTrainConfig) -> Answerer:
+    """The engine on the run's model, or a server."""
+    if config.server is None:
+        model = load_run(config.checkpoint, config.step)
+        return engine_answerer(model, config.checkpoint, config.engine)
+    return remote_answerer(
+        config.server,
+        config.tokenizer,
+        config.checkpoint,
+        config.schema,
+        os.environ,
+        sequential_only=config.style == "sequential",
+    )
+
+
+def _work_through(
+    config: SelfTrainConfig,
+    answerer: Answerer,
+    questions: Sequence[Question],
+    grader: Grader,
+    paths: OutputPaths,
+    tally: Tally,
+) -> None:
+    """Samples, grades and tallies all questions, a round at a time."""
+    total = len(questions) * config.samples_per_problem
+    with training_progress("sampling", total) as progress:
+        for number, part in enumerate(rounds(questions, config.problems_per_round)):
+            done = tally.samples + tally.failed
+            sampled = _sample(
+                config, answerer, part, paths.rollouts_of_round(number), done, progress
+            )
+            _take(config, answerer, part, number, sampled, grader, tally)
+            if tally.failed > config.max_failed_share * total:
+                raise UserError(
+                    f"{tally.failed} of {total} samples failed, more than max_failed_share="
+                    f"{config.max_failed_share:g} admits. {sampled.failure}. What is finished is "
+                    f"in {paths.rollouts}; the same command goes on from there"
+                )
+            shares = {"correct": tally.correct_share, "kept": len(tally.kept)}
+            progress.update(tally.samples + tally.failed, metrics=shares)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampled:
+    """Rollouts of one round by number of the request; `failure` says why some are missing."""
+
+    rollouts: Mapping[int, Rollout]
+    failure: str = ""
+
+
+def _sample(
+    config: SelfTrainConfig,
+    answerer: Answerer,
+    questions: Sequence[Question],
+    file: pathlib.Path,
+    done: int,
+    progress: TrainingProgress,
+) -> _Sampled:
+    """Samples one round, question by question; `done` samples came before."""
+    requests = [
+        request
+        for question in questions
+        for request in question.requests(config.samples_per_problem, config.seed)
+    ]
+    finished: dict[int, Rollout] = {}
+
+    def note(index: int, rollout: Rollout) -> None:
+        finished[index] = rollout
+        progress.update(done + len(finished), tokens=rollout.total_tokens)
+
+    try:
+        generate_resumably(
+            file, requests, answerer.generate, source=answerer.source, on_finish=note
+        )
+    except ServerDownError:
+        raise
+    except UserError as error:
+        # A client raises when all else is finished; the engine, before it begins.
+        if config.server is None or not finished:
+            raise
+        return _Sampled(finished, str(error))
+    return _Sampled(finished)
+
+
+def _take(
+    config: SelfTrainConfig,
+    answerer: Answerer,
+    questions: Sequence[Question],
+    number: int,
+    sampled: _Sampled,
+    grader: Grader,
+    tally: Tally,
+) -> None:
+    """Reads, grades and tallies the rollouts of one round."""
+    samples, schema = config.samples_per_problem, answerer.schema
+    reads = {
+        index: read_rollout(
+            rollout,
+            questions[index // samples].problem,
+            index % samples,
+            answerer.tokenizer,
+            schema,
+        )
+        for index, rollout in sorted(sampled.rollouts.items())
+    }
+    pairs = [
+        (read.answer_text, questions[index // samples].problem.answer)
+        for index, read in reads.items()
+    ]
+    grades = dict(
+        zip(reads, grade_answers(grader, pairs, at_once=config.grading.at_once), strict=True)
+    )
+    first = number * config.problems_per_round
+    for place, question in enumerate(questions):
+        problem, own = question.problem, {}
+        candidates = []
+        for sample in range(samples):
+            index = place * samples + sample
+            if index not in reads:
+                tally.fail(problem, first + place, sample, sampled.failure)
+                continue
+            own[sample] = reads[index]
+            candidates.append(judged(first + place, sample, own[sample], grades[index], schema))
+        if candidates:
+            tally.take(config.selection, config.seed, problem, own, candidates)
+
+
+def _written_statistics(answerer: Answerer, paths: OutputPaths) -> CorpusStatistics:
+    """Reads the written set like any other, and counts it.
+
+    Raises:
+      RuntimeError: a line cannot be read back or is not strictly well-formed: a bug of ours.
+    """
+    rejects = Rejects(paths.trajectories.with_name("unreadable.jsonl"))
+    statistics = corpus_statistics(
+        [
+            trajectory_statistics(loaded.trajectory, answerer.schema)
+            for loaded in read_trajectories(
+                paths.trajectories, answerer.schema, answerer.tokenizer, rejects
+            )
+        ]
+    )
+    if rejects.total or statistics.format_valid_rate != 1:
+        raise RuntimeError(f"{paths.trajectories} does not read back: {rejects.summary()}")
+    return statistics

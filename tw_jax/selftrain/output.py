@@ -1,0 +1,75 @@
+"""The files of a self-training run; each appears whole or not at all."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import uuid
+from collections.abc import Iterable
+
+from tw_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputPaths:
+    """Where the files of a run lie.
+
+    Attributes:
+      config: its settings.
+      rollouts: folder of the finished rollouts, a file per round.
+      trajectories: the set.
+      dropped: every sample that is not in it, and why.
+      rejects: problems that could not be asked, and why.
+      report: counts and statistics.
+    """
+
+    config: pathlib.Path
+    rollouts: pathlib.Path
+    trajectories: pathlib.Path
+    dropped: pathlib.Path
+    rejects: pathlib.Path
+    report: pathlib.Path
+
+    def rollouts_of_round(self, number: int) -> pathlib.Path:
+        """The file of a round, from 0."""
+        return self.rollouts / f"{number:05d}.jsonl"
+
+
+def output_paths(folder: pathlib.Path) -> OutputPaths:
+    """The files in a folder, which is made.
+
+    Raises:
+      UserError: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={folder}: cannot be made ({error.strerror})") from error
+    return OutputPaths(
+        config=folder / "config.yaml",
+        rollouts=folder / "rollouts",
+        trajectories=folder / "trajectories.jsonl",
+        dropped=folder / "dropped.jsonl",
+        rejects=folder / "rejects.jsonl",
+        report=folder / "report.json",
+    )
+
+
+def write_text(path: pathlib.Path, pieces: Iterable[str]) -> None:
+    """Writes pieces of text as they are produced.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8") as out:
+            out.writelines(pieces)
+            out.flush()
+            os.fsync(out.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()

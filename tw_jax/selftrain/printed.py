@@ -1,0 +1,70 @@
+"""The report of a self-training run as tables in a terminal."""
+
+import dataclasses
+
+import rich.console
+import rich.table
+
+from tw_jax.data.statistics import CorpusStatistics
+from tw_jax.selftrain.yields import SelfTrainReport
+
+_BAR_WIDTH = 40
+
+
+def print_report(console: rich.console.Console, report: SelfTrainReport) -> None:
+    """Prints yields, pass rates, and the statistics of ThreadWeaver's Table 8 before and after."""
+    console.print(
+        f"{report.kept:,} of {report.samples:,} samples kept, of {report.problems_kept:,} of "
+        f"{report.problems:,} problems; answered by {report.source}",
+        markup=False,
+        highlight=False,
+    )
+    console.print(_yields(report))
+    console.print(_pass_rates(report))
+    console.print(_statistics(report))
+    for what, counts in (
+        ("answers", report.grades),
+        ("broken formats", report.format_breaks),
+        ("rejected problems", report.rejected_problems),
+    ):
+        if counts:
+            said = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+            console.print(f"{what}: {said}", markup=False, highlight=False)
+
+
+def _yields(report: SelfTrainReport) -> rich.table.Table:
+    table = _table("rule", "in", "dropped", "kept", "break it")
+    for rule in report.rules:
+        broken = "" if rule.broken is None else f"{rule.broken:,}"
+        table.add_row(rule.rule, f"{rule.seen:,}", f"{rule.dropped:,}", f"{rule.kept:,}", broken)
+    return table
+
+
+def _pass_rates(report: SelfTrainReport) -> rich.table.Table:
+    table = _table("pass rate", "problems")
+    table.add_column("", justify="left")
+    bins, most = len(report.pass_rates) - 1, max(report.pass_rates)
+    for place, count in enumerate(report.pass_rates):
+        name = "0" if place == 0 else f"({(place - 1) / bins:g}, {place / bins:g}]"
+        table.add_row(name, f"{count:,}", "█" * round(_BAR_WIDTH * count / most) if most else "")
+    return table
+
+
+def _statistics(report: SelfTrainReport) -> rich.table.Table:
+    table = _table("mean", "sampled", "written")
+    for field in dataclasses.fields(CorpusStatistics):
+        before, after = (getattr(s, field.name) for s in (report.sampled, report.written))
+        table.add_row(field.name.replace("_", " "), _number(before), _number(after))
+    return table
+
+
+def _table(first: str, *numbers: str) -> rich.table.Table:
+    table = rich.table.Table(box=None, pad_edge=False)
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
