@@ -41,9 +41,8 @@ def config(tmp_path: pathlib.Path, url: str, *, server: dict | None = None, **ch
     source = tmp_path / "input.jsonl"
     if not source.exists():
         write_jsonl(source, all_records()[0])
-    settings = {"limits": LIMITS, "budget": RewriteBudget()} | changes
+    settings = {"limits": LIMITS, "budget": RewriteBudget(), "inputs": (str(source),)} | changes
     return RewriteConfig(
-        inputs=(str(source),),
         output=tmp_path / "out",
         server=server_config(url, **(server or {})),
         **settings,

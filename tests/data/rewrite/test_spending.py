@@ -132,7 +132,7 @@ def test_a_run_that_is_killed_goes_on_and_writes_the_same_bytes(tmp_path):
 
     for folder in (whole, killed):
         folder.mkdir()
-        write_jsonl(folder / "input.jsonl", all_records()[0])
+    write_jsonl(killed / "input.jsonl", all_records()[0])
     with ChatServer(restless) as server:
         for enough in (15, 60):
             before = len(server.questions)
@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_goes_on_and_writes_the_same_bytes(tmp_path):
             path = killed / "out" / f"answers.sqlite{end}"
             if path.exists():
                 (whole / "out" / path.name).write_bytes(path.read_bytes())
-        run(whole, server.url)
+        run(whole, server.url, inputs=(str(killed / "input.jsonl"),))
     assert outputs(killed) == outputs(whole)
     assert responses(killed) == all_records()[1]
 
