@@ -171,9 +171,9 @@ def test_files_that_cannot_be_read_or_written(tmp_path: pathlib.Path, rejects: R
         read(tmp_path, rejects)
     blocker = tmp_path / "file"
     blocker.touch()
-    with pytest.raises(UserError, match="cannot write the trajectory file"):
+    with pytest.raises(UserError, match="cannot write .*choose another path"):
         write_trajectories(blocker / "data.jsonl", [])
-    with pytest.raises(UserError, match="cannot write the trajectory file"):
+    with pytest.raises(UserError, match="cannot write .*choose another path"):
         write_trajectories(tmp_path, [])
     with pytest.raises(UserError, match="cannot write the rejects file"):
         Rejects(tmp_path / "no folder" / "rejects.jsonl").add("data", 1, "kind", "message")

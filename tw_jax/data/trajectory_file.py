@@ -8,13 +8,10 @@ other fields are ignored. The end-of-text token is not written. Kinds of rejects
 of the schema's parser.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import pathlib
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +23,7 @@ from tw_jax.data.columns import DEFAULT_COLUMNS, ColumnsConfig
 from tw_jax.data.records import Record, RejectedRecord, read_records, required_text, text_field
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.text import encode_prompt, encode_response, unknown_characters
+from tw_jax.data.whole_file import whole_file
 from tw_jax.errors import UserError
 from tw_jax.trajectory.schema import ParseError, Schema
 from tw_jax.trajectory.trajectory import Trajectory
@@ -132,24 +130,11 @@ def write_trajectories(path: str | pathlib.Path, items: Iterable[TrajectoryRecor
     Raises:
       UserError: the file cannot be written.
     """
-    path, count = pathlib.Path(path), 0
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8") as out:
-            for item in items:
-                out.write(json.dumps(_fields(item)) + "\n")
-                count += 1
-            out.flush()
-            os.fsync(out.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the trajectory file {path}: {error.strerror}; choose another path"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+    count = 0
+    with whole_file(path) as out:
+        for item in items:
+            out.write(json.dumps(_fields(item)) + "\n")
+            count += 1
     return count
 
 

@@ -9,7 +9,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import rich.console
 import rich.table
 
 from tw_jax.config_checks import require_seed
-from tw_jax.errors import UserError
+from tw_jax.data.whole_file import whole_file
 from tw_jax.evals.metrics import (
     Interval,
     RolloutRecord,
@@ -215,15 +214,8 @@ def write_json_lines(path: str | os.PathLike[str], values: Sequence[Any]) -> Non
     Raises:
       UserError: the file cannot be written.
     """
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(lines, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"output {path}: cannot write ({error.strerror})") from error
+    with whole_file(path) as out:
+        out.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def _summary_table(summaries: Mapping[str, StyleSummary], samples: int) -> rich.table.Table:

@@ -19,6 +19,7 @@ from tw_jax import config as configs
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.statistics import CorpusStatistics, corpus_statistics, trajectory_statistics
 from tw_jax.data.trajectory_file import read_trajectories, write_trajectories
+from tw_jax.data.whole_file import whole_file
 from tw_jax.errors import UserError
 from tw_jax.evals.answerer import Answerer, engine_answerer
 from tw_jax.evals.remote import remote_answerer
@@ -28,7 +29,7 @@ from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.rollout_file import generate_resumably
 from tw_jax.selftrain.candidate import judged, read_rollout
 from tw_jax.selftrain.config import SelfTrainConfig
-from tw_jax.selftrain.output import OutputPaths, output_paths, write_text
+from tw_jax.selftrain.output import OutputPaths, output_paths
 from tw_jax.selftrain.printed import print_report
 from tw_jax.selftrain.questions import Question, read_questions, rounds
 from tw_jax.selftrain.selection import balance
@@ -50,7 +51,8 @@ def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
         that keeps nothing.
     """
     paths = output_paths(config.output)
-    write_text(paths.config, [configs.to_yaml(config)])
+    with whole_file(paths.config) as out:
+        out.write(configs.to_yaml(config))
     answerer = _answerer(config)
     rejects = Rejects(paths.rejects)
     questions = read_questions(config, answerer, rejects)
@@ -65,7 +67,8 @@ def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
         kept, unbalanced = balance(config.selection, config.seed, tally.kept)
         for drop in unbalanced:
             tally.drop(questions[drop.problem].problem, drop)
-        write_text(paths.dropped, (json.dumps(drop) + "\n" for drop in drops))
+        with whole_file(paths.dropped) as out:
+            out.writelines(json.dumps(drop) + "\n" for drop in drops)
         if kept:
             write_trajectories(paths.trajectories, map(tally.record, kept))
     report = SelfTrainReport(
@@ -83,7 +86,8 @@ def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
         sampled=corpus_statistics(tally.sampled),
         written=_written_statistics(answerer, paths) if kept else corpus_statistics([]),
     )
-    write_text(paths.report, [json.dumps(report.to_json(), indent=2) + "\n"])
+    with whole_file(paths.report) as out:
+        out.write(json.dumps(report.to_json(), indent=2) + "\n")
     print_report(rich.console.Console(), report)
     if not kept:
         worst = max(report.rules, key=lambda rule: rule.dropped)

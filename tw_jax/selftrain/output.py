@@ -1,11 +1,7 @@
 """The files of a self-training run; each appears whole or not at all."""
 
-import contextlib
 import dataclasses
-import os
 import pathlib
-import uuid
-from collections.abc import Iterable
 
 from tw_jax.errors import UserError
 
@@ -53,23 +49,3 @@ def output_paths(folder: pathlib.Path) -> OutputPaths:
         rejects=folder / "rejects.jsonl",
         report=folder / "report.json",
     )
-
-
-def write_text(path: pathlib.Path, pieces: Iterable[str]) -> None:
-    """Writes pieces of text as they are produced.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as out:
-            out.writelines(pieces)
-            out.flush()
-            os.fsync(out.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()

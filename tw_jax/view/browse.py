@@ -31,10 +31,7 @@ def run_view(config: ViewConfig) -> pathlib.Path:
     run_dir = pathlib.Path(config.run_dir)
     page = run_dir / "report.html"
     data = read_report_data(run_dir / "report.json")
-    try:
-        write_report(page, data)
-    except OSError as error:
-        raise UserError(f"{page}: cannot write ({error.strerror})") from error
+    write_report(page, data)
     print(page)
     if config.open_browser:
         webbrowser.open(page.resolve().as_uri())

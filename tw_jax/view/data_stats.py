@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +17,12 @@ from tw_jax.data.statistics import (
     distributions,
     trajectory_statistics,
 )
+from tw_jax.data.whole_file import whole_file
 from tw_jax.evals.sample import printable, sample_from_trajectory
 from tw_jax.view import charts
 from tw_jax.view.histogram import Mark, histogram
 from tw_jax.view.numbers import number
-from tw_jax.view.page import drawn_sample, render_page, write_page
+from tw_jax.view.page import drawn_sample, render_page
 from tw_jax.view.svg import Labels
 
 _ROWS = (
@@ -94,13 +94,13 @@ def run_stats(config: StatsConfig) -> dict[str, Any]:
         "rejected": dict(corpus.rejects.counts),
     }
     if config.output is not None:
-        path = pathlib.Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with whole_file(config.output) as out:
+            out.write(json.dumps(result, indent=2) + "\n")
         console.print(printable(config.output))
     if config.page is not None:
         samples = [sample for *_, sample in sorted(best, key=lambda entry: entry[:2])]
-        write_page(config.page, _page(config, columns, total, everything, samples, corpus))
+        with whole_file(config.page) as out:
+            out.write(_page(config, columns, total, everything, samples, corpus))
         console.print(printable(config.page))
     return result
 

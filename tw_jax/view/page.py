@@ -4,7 +4,6 @@ A page carries a content security policy that forbids scripts and every request,
 escape all text: what a model or a data set wrote is untrusted.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -31,15 +30,6 @@ def render_page(template: str, **values: Any) -> str:
     environment.filters.update(number=number, percent=percent, shown=printable)
     environment.globals.update(fork_lines=charts.fork_lines)
     return environment.get_template(template).render(**values)
-
-
-def write_page(path: str | os.PathLike[str], html: str) -> None:
-    """Writes a page; a reader never sees half of it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(html, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def drawn_sample(sample: Mapping[str, Any], index: int) -> dict[str, Any]:

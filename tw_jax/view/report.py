@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tw_jax.data.whole_file import whole_file
 from tw_jax.errors import UserError
 from tw_jax.evals.sample import printable
 from tw_jax.evals.sample import sample_from_rollout as sample_from_rollout
 from tw_jax.view import charts
 from tw_jax.view.histogram import Mark, histogram
 from tw_jax.view.numbers import interval_of, lookup, number, percent, times, value_of
-from tw_jax.view.page import drawn_sample, render_page, write_page
+from tw_jax.view.page import drawn_sample, render_page
 from tw_jax.view.story import before_after_rows, headline_tiles, run_facts
 from tw_jax.view.svg import Labels
 from tw_jax.view.verdict import rl_verdict
@@ -142,7 +143,8 @@ def render_report(data: ReportData) -> str:
 
 def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
     """Writes the page; a reader never sees half of it."""
-    write_page(path, render_report(data))
+    with whole_file(path) as out:
+        out.write(render_report(data))
 
 
 @dataclasses.dataclass(frozen=True)

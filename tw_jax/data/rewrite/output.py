@@ -1,13 +1,10 @@
 """The files of a rewriting run: each appears whole or not at all, in the order of the input."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tw_jax.data.rejects import Rejects
@@ -16,7 +13,7 @@ from tw_jax.data.rewrite.prompts import Prompt
 from tw_jax.data.rewrite.report import summary
 from tw_jax.data.rewrite.trace_rewrite import Outcome
 from tw_jax.data.trajectory_file import write_trajectories
-from tw_jax.errors import UserError
+from tw_jax.data.whole_file import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +71,14 @@ def write_results(
     records = (outcome.record for outcome in outcomes)
     write_trajectories(paths.trajectories, (record for record in records if record is not None))
     versions = {prompt.name: prompt.sha256 for prompt in prompts.values()}
-    with _replacing(paths.provenance) as out:
+    with whole_file(paths.provenance) as out:
         for outcome in outcomes:
             out.write(json.dumps(_provenance(outcome, model, versions)) + "\n")
     for outcome in outcomes:
         if outcome.status == "rejected":
             trace = outcome.trace
             rejects.add(trace.file, trace.line, outcome.kind, outcome.message)
-    with _replacing(paths.summary) as out:
+    with whole_file(paths.summary) as out:
         out.write(json.dumps(summary(outcomes, rejects.counts, costs), indent=2) + "\n")
 
 
@@ -103,20 +100,3 @@ def _provenance(outcome: Outcome, model: str, prompts: Mapping[str, str]) -> dic
         "dropped": [dataclasses.asdict(drop) for drop in progress.drops],
         "blocks": outcome.blocks,
     }
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[Any]:
-    """A text file that takes the place of `path` when it is complete."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another output") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
