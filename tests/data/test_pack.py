@@ -232,6 +232,22 @@ def test_bad_input_and_bad_places_are_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_is_not_canonical_is_packed_only_on_request(tmp_path):
+    source = write_source(tmp_path / "data.jsonl", 20)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    place = next(i for i, line in enumerate(lines) if "<Thread>" in line["response"])
+    loose = lines[place]["response"].replace("<Outline>2:", "<Outline>3:", 1)
+    loose = loose.replace("<Thread>\n2:", "<Thread>\n3:", 1)
+    lines[place]["response"] = loose
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = run_pack(config_of(tmp_path, source))
+    assert manifest.rejects == {"outline_numbering": 1} and manifest.counts["trajectories"] == 19
+    (entry,) = [json.loads(line) for line in (tmp_path / "rejects.jsonl").open()]
+    assert entry["line"] == place + 1 and "'3'" in entry["message"]
+    free = config_of(tmp_path, source, strict=False, output=str(tmp_path / "free"))
+    assert run_pack(free).counts["trajectories"] == 20
+
+
 def test_several_processes_write_the_same_bytes(tmp_path):
     source = write_source(tmp_path / "data.jsonl", 300, bad_every=7)
     one = config_of(tmp_path, source, output=str(tmp_path / "one"))

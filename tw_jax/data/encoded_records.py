@@ -1,7 +1,7 @@
 """Records of several sources as trajectories, in order, from any place on, on several processes.
 
-Gives exactly what `read_trajectories` gives, good and bad, and can leave out what an earlier run
-has read without encoding it again.
+Gives exactly what `read_trajectories` gives, good and bad (and what is not strict among the bad, if
+asked to), and can leave out what an earlier run has read without encoding it again.
 """
 
 import collections
@@ -20,7 +20,11 @@ from tw_jax.data.columns import ColumnsConfig
 from tw_jax.data.records import Record, RejectedRecord, read_records
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.tokenizer import open_tokenizer
-from tw_jax.data.trajectory_file import encode_trajectory, trajectory_record
+from tw_jax.data.trajectory_file import (
+    encode_trajectory,
+    require_strict,
+    trajectory_record,
+)
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.trajectory import Trajectory
 
@@ -48,11 +52,13 @@ class Encoder:
       tokenizer: folder or hub id; null for the shipped character tokenizer.
       schema: the language of the responses.
       columns: names of the fields.
+      strict: blocks that parse but are not canonical (`Schema.validate`) are bad too.
     """
 
     tokenizer: str | None
     schema: str
     columns: ColumnsConfig
+    strict: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +117,20 @@ _Encoded = tuple[Record | Reject, Trajectory | Reject, str | int | None]
 def encode_chunk(encoder: Encoder, chunk: Sequence[Record | Reject]) -> list[_Encoded]:
     """Encodes records; rejects among them pass through. Runs in this or another process."""
     tokenizer, schema = bound_tokenizer(encoder.tokenizer, encoder.schema)
-    return [_encode(item, encoder.columns, tokenizer, schema) for item in chunk]
+    return [_encode(item, encoder, tokenizer, schema) for item in chunk]
 
 
-def _encode(
-    item: Record | Reject, columns: ColumnsConfig, tokenizer: Any, schema: Schema
-) -> _Encoded:
+def _encode(item: Record | Reject, encoder: Encoder, tokenizer: Any, schema: Schema) -> _Encoded:
     if isinstance(item, Reject):
         return item, item, None
     identity = None
     try:
-        record = trajectory_record(item, columns)
+        record = trajectory_record(item, encoder.columns)
         identity = record.id
-        return item, encode_trajectory(record, schema, tokenizer), identity
+        trajectory = encode_trajectory(record, schema, tokenizer)
+        if encoder.strict:
+            require_strict(trajectory, schema, tokenizer)
+        return item, trajectory, identity
     except RejectedRecord as error:
         reject = Reject(item.file, item.line, error.kind, error.message, error.field)
         return item, reject, identity

@@ -65,6 +65,8 @@ class PackConfig:
         lacks are added, as an import of the model does.
       schema: the language of the responses: threadweaver, native or apr.
       columns: names of the fields.
+      strict: reject what parses but is not canonical in white space or numbering, or has empty
+        plans or threads.
       row_len: tokens per packed row; training needs the same data.row_len.
       too_long: what happens to a trajectory whose trie is longer than a row: `cut` behind the last
         whole block or line that fits, `split` into several behind the same prompt, or `skip`.
@@ -80,6 +82,7 @@ class PackConfig:
     tokenizer: str | None = None
     schema: str = "threadweaver"
     columns: ColumnsConfig = ColumnsConfig()
+    strict: bool = True
     row_len: int = 8192
     too_long: TooLong = "skip"
     window: int = 512
@@ -112,6 +115,7 @@ def run_pack(config: PackConfig) -> Manifest:
         "row_len": config.row_len,
         "schema": config.schema,
         "shard_rows": config.shard_rows,
+        "strict": config.strict,
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "too_long": config.too_long,
         "window": config.window,
@@ -162,7 +166,7 @@ class _Packing:
             print(f"{config.output}: going on behind {state.rows} rows")
         outcomes = encoded_records(
             config.inputs,
-            Encoder(config.tokenizer, config.schema, config.columns),
+            Encoder(config.tokenizer, config.schema, config.columns, config.strict),
             after=self._place,
             rejected_before=[
                 (entry["file"], entry["line"])

@@ -201,10 +201,22 @@ def encode_trajectory(
     parsed = schema.parse(tokens, len(prompt))
     if isinstance(parsed, Trajectory):
         return parsed
-    raise RejectedRecord(parsed[0].kind, describe_errors(parsed, tokens, len(prompt), tokenizer))
+    raise RejectedRecord(parsed[0].kind, _describe_errors(parsed, tokens, len(prompt), tokenizer))
 
 
-def describe_errors(
+def require_strict(trajectory: Trajectory, schema: Schema, tokenizer: "Tokenizer") -> None:
+    """Checks that every block is strictly canonical.
+
+    Raises:
+      RejectedRecord: one is not; names the first place.
+    """
+    if errors := schema.validate(trajectory):
+        tokens, prompt_len = trajectory.tokens, trajectory.prompt_len
+        message = _describe_errors(errors, tokens, prompt_len, tokenizer)
+        raise RejectedRecord(errors[0].kind, message)
+
+
+def _describe_errors(
     errors: Sequence[ParseError],
     tokens: Int32[np.ndarray, "len"],
     prompt_len: int,

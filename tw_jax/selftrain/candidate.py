@@ -15,8 +15,8 @@ from tw_jax.data.statistics import TrajectoryStatistics, trajectory_statistics
 from tw_jax.data.trajectory_file import (
     DEFAULT_COLUMNS,
     TrajectoryRecord,
-    describe_errors,
     encode_trajectory,
+    require_strict,
     trajectory_record,
 )
 from tw_jax.rewards.answers import answer_part
@@ -182,8 +182,8 @@ def _read(
         return trajectory, FormatBreak(
             "broken_characters", "the response holds bytes that are no whole character"
         )
-    errors = schema.validate(trajectory)
-    if not errors:
-        return trajectory, None
-    where = describe_errors(errors, trajectory.tokens, trajectory.prompt_len, tokenizer)
-    return trajectory, FormatBreak(errors[0].kind, where)
+    try:
+        require_strict(trajectory, schema, tokenizer)
+    except RejectedRecord as rejected:
+        return trajectory, FormatBreak(rejected.kind, rejected.message)
+    return trajectory, None

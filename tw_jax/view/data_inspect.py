@@ -7,7 +7,7 @@ import rich.console
 from tw_jax.config_checks import require_at_least
 from tw_jax.data.corpus import Corpus, CorpusConfig, open_corpus
 from tw_jax.data.records import Record, RejectedRecord, read_records
-from tw_jax.data.trajectory_file import describe_errors, encode_trajectory, trajectory_record
+from tw_jax.data.trajectory_file import encode_trajectory, require_strict, trajectory_record
 from tw_jax.errors import UserError
 from tw_jax.evals.generate import print_sample
 from tw_jax.evals.sample import printable, sample_from_trajectory
@@ -69,10 +69,8 @@ def _show(console: rich.console.Console, record: Record, corpus: Corpus) -> None
         trajectory, corpus.tokenizer, critical_path=critical_path, answer=item.answer
     )
     print_sample(console, sample)
-    if errors := corpus.schema.validate(trajectory):
-        message = describe_errors(
-            errors, trajectory.tokens, trajectory.prompt_len, corpus.tokenizer
-        )
-        console.print(
-            printable(f"not strict: {errors[0].kind}: {message}"), style="red", markup=False
-        )
+    try:
+        require_strict(trajectory, corpus.schema, corpus.tokenizer)
+    except RejectedRecord as rejected:
+        message = printable(f"not strict: {rejected.kind}: {rejected.message}")
+        console.print(message, style="red", markup=False)

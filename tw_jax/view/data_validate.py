@@ -9,7 +9,8 @@ import rich.table
 from tw_jax.config_checks import require_at_least
 from tw_jax.data.corpus import CorpusConfig, open_corpus
 from tw_jax.data.progress import counted
-from tw_jax.data.trajectory_file import describe_errors
+from tw_jax.data.records import RejectedRecord
+from tw_jax.data.trajectory_file import require_strict
 from tw_jax.evals.sample import printable
 
 INVALID_STATUS = 1
@@ -44,12 +45,11 @@ def run_validate(config: ValidateConfig) -> int:
     good = 0
     for source in corpus.sources:
         for item in counted(corpus.read(source), f"checking {source}"):
-            errors = corpus.schema.validate(item.trajectory)
-            good += not errors
-            if errors:
-                tokens, prompt_len = item.trajectory.tokens, item.trajectory.prompt_len
-                message = describe_errors(errors, tokens, prompt_len, corpus.tokenizer)
-                corpus.rejects.add(source, item.line, errors[0].kind, message)
+            try:
+                require_strict(item.trajectory, corpus.schema, corpus.tokenizer)
+                good += 1
+            except RejectedRecord as rejected:
+                corpus.rejects.add(source, item.line, rejected.kind, rejected.message)
     total = good + corpus.rejects.total
     console.print(f"{good:,} of {total:,} records are valid; {printable(corpus.rejects.summary())}")
     if not corpus.rejects.total:

@@ -5,7 +5,7 @@ from typing import Any
 from tw_jax.data.records import RejectedRecord
 from tw_jax.data.rewrite.control_text import control_tags
 from tw_jax.data.text import encode_prompt, unknown_characters
-from tw_jax.data.trajectory_file import TrajectoryRecord, encode_trajectory
+from tw_jax.data.trajectory_file import TrajectoryRecord, encode_trajectory, require_strict
 from tw_jax.trajectory.schema import Schema
 
 SCHEMA = "threadweaver"  # the language that rewriting writes
@@ -39,10 +39,9 @@ class Validator:
         """
         try:
             trajectory = encode_trajectory(record, self._schema, self._tokenizer)
+            require_strict(trajectory, self._schema, self._tokenizer)
         except RejectedRecord as rejected:
             return f"{rejected.kind}: {rejected}"
-        if errors := self._schema.validate(trajectory):
-            return f"{errors[0].kind}: {errors[0].message}"
         if len(trajectory.blocks) != blocks:
             return f"{len(trajectory.blocks)} blocks were read, {blocks} were written"
         return None
