@@ -29,7 +29,8 @@ from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.request import SamplingParams
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.tasks.registry import make_task
-from tw_jax.train.rl import RLConfig, run_rl
+from tw_jax.train.rl import run_rl
+from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.run_dir import LoadedModel, has_checkpoint, load_run, new_model, save_model
 from tw_jax.train.sft import SFTConfig, run_sft
 from tw_jax.train.tracker import read_metrics

@@ -13,7 +13,8 @@ from tw_jax.rewards.reward import RewardConfig
 from tw_jax.rollout.engine import EngineConfig
 from tw_jax.rollout.request import SamplingParams
 from tw_jax.train.objective import ObjectiveConfig
-from tw_jax.train.rl import RLConfig, run_rl
+from tw_jax.train.rl import run_rl
+from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.run_dir import ModelConfig, load_run, new_model, save_model
 from tw_jax.train.tracker import read_metrics
 

@@ -10,37 +10,26 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tw_jax.config_checks import require_at_least, require_seed
-from tw_jax.data.packed_batch import PackedBatch
-from tw_jax.data.packing import WeightedTrie, best_fit_rows, pack_rows
-from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
-from tw_jax.models.lora import AdapterConfig
 from tw_jax.parallel.attention import check_backend
-from tw_jax.parallel.layout import Layout
-from tw_jax.parallel.mesh import ParallelConfig, make_layout
-from tw_jax.rewards.grading import Graded, grade
-from tw_jax.rewards.reward import RewardConfig, RolloutFacts, reward_terms
-from tw_jax.rollout.engine import EngineConfig, RolloutEngine
-from tw_jax.rollout.request import Request, SamplingParams, sampling_seed
-from tw_jax.rollout.rollout import Rollout
-from tw_jax.tasks.registry import TaskConfig, make_task
-from tw_jax.tasks.task import Task
+from tw_jax.parallel.mesh import make_layout
+from tw_jax.rollout.engine import RolloutEngine
+from tw_jax.tasks.registry import make_task
 from tw_jax.train.checkpoint import Checkpointer
-from tw_jax.train.group_forest import group_forest
 from tw_jax.train.interrupt import graceful_interrupt
-from tw_jax.train.objective import ObjectiveConfig, group_advantages
-from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
+from tw_jax.train.objective import group_advantages
+from tw_jax.train.optimizer import make_optimizer
 from tw_jax.train.placement import place_run, placed_state
 from tw_jax.train.progress import training_progress
+from tw_jax.train.rl_batches import make_scorer, micro_batches
+from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.rl_metrics import merge_sums, reward_term_means, step_metrics
+from tw_jax.train.rl_rollouts import sample_step, step_rewards
 from tw_jax.train.run_dir import (
     LoadedModel,
     ModelConfig,
@@ -50,82 +39,9 @@ from tw_jax.train.run_dir import (
     prepare_run_dir,
     write_config,
 )
-from tw_jax.train.scoring import token_logprobs
-from tw_jax.train.tracker import TrackerConfig, make_tracker
+from tw_jax.train.tracker import make_tracker
 from tw_jax.train.trainable import part
-from tw_jax.train.update import MemoryConfig, make_update, policy_sum
-
-
-@dataclasses.dataclass(frozen=True)
-class RLConfig:
-    """One reinforcement-learning run.
-
-    Attributes:
-      run_dir: folder of the run; the same folder resumes.
-      init_from: folder of the run whose model is improved.
-      init_step: checkpoint step of `init_from`; null takes the newest.
-      adapter: train a low-rank adapter on a frozen base, which may be quantised; null trains the
-        whole model.
-      seed: of problems and sampling.
-      steps: rollout-and-update rounds.
-      prompts: problems per step.
-      group_size: rollouts per problem.
-      updates_per_step: optimizer updates that share a step's rollouts; more than 1 needs an
-        objective with a ratio.
-      task: source of problems.
-      sampling: how rollouts are drawn.
-      engine: size of the rollout engine.
-      reward: see `RewardConfig`.
-      objective: see `ObjectiveConfig`; `tw_jax.train.objective.PRESETS` lists the published ones.
-      optimizer: see `OptimizerConfig`.
-      memory: see `MemoryConfig`.
-      parallel: how the update is spread over devices; rollouts run on the first one.
-      row_len: tokens per packed row; a group that is longer is split into several forests.
-      rows: rows per micro-batch.
-      tracker: where metrics go.
-      checkpoint_every: steps between checkpoints; the last step is always saved.
-      keep_checkpoints: newest checkpoints that are kept.
-    """
-
-    run_dir: str = "runs/rl"
-    init_from: str = "runs/sft"
-    init_step: int | None = None
-    adapter: AdapterConfig | None = None
-    seed: int = 0
-    steps: int = 60
-    prompts: int = 16
-    group_size: int = 8
-    updates_per_step: int = 1
-    task: TaskConfig = TaskConfig()
-    sampling: SamplingParams = SamplingParams()
-    engine: EngineConfig = EngineConfig()
-    reward: RewardConfig = RewardConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=1.5e-4, schedule="constant", warmup_steps=5
-    )
-    memory: MemoryConfig = MemoryConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    row_len: int = 2048
-    rows: int = 2
-    tracker: TrackerConfig = TrackerConfig()
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        require_at_least(self, steps=0, prompts=1, row_len=1, rows=1)
-        require_at_least(self, checkpoint_every=1, keep_checkpoints=1)
-        require_seed(self)
-        if self.group_size < 2:
-            raise ValueError(f"group_size={self.group_size}: a group mean needs at least 2")
-        if not 1 <= self.updates_per_step <= self.prompts:
-            raise ValueError(
-                f"updates_per_step={self.updates_per_step}: must lie in 1..prompts={self.prompts}"
-            )
-        if self.updates_per_step > 1 and self.objective.ratio == "on_policy":
-            raise ValueError(
-                "updates_per_step > 1 is off-policy: set objective.ratio to ppo_clip or detached"
-            )
+from tw_jax.train.update import make_update, policy_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +86,7 @@ def run_rl(config: RLConfig) -> RLResult:
     placement = place_run(layout, model.config, optimizer, trainable.adapter)
     sum_loss = policy_sum(model.graphdef, config.objective, config.memory, layout)
     update = make_update(sum_loss, optimizer, placement.state, trainable.assemble)
-    score = _scorer(config, model, layout)
+    score = make_scorer(config, model, layout)
 
     # The update donates its state; the reference and the loaded model must survive it.
     own_params = jax.tree.map(jnp.copy, trainable.params)
@@ -205,16 +121,16 @@ def run_rl(config: RLConfig) -> RLResult:
                 clock = time.monotonic()
                 current = trainable.model_params(state.params)
                 params = jax.device_put(current, jax.devices()[0])
-                rollouts, graded = _sample(config, model, engine, task, params, step)
+                rollouts, graded = sample_step(config, model, engine, task, params, step)
                 del params  # a whole copy on a mesh
                 rollout_s = time.monotonic() - clock
-                facts, rewards = _rewards(config, rollouts, graded, step)
+                facts, rewards = step_rewards(config, rollouts, graded, step)
                 advantages = group_advantages(rewards, config.objective.normalizer)
                 sums: dict[str, float] = {}
                 # Scored before the first update: "old" is the policy that sampled.
                 updates = [
                     [score(current, reference, placement.batch(batch)) for batch in batches]
-                    for batches in _micro_batches(config, model, rollouts, advantages)
+                    for batches in micro_batches(config, model, rollouts, advantages)
                 ]
                 for batches in updates:
                     state, update_sums = update(state, batches, trainable.frozen)
@@ -245,130 +161,3 @@ def run_rl(config: RLConfig) -> RLResult:
         seconds=time.monotonic() - began,
         interrupted=interrupt.requested,
     )
-
-
-def _sample(
-    config: RLConfig,
-    model: LoadedModel,
-    engine: RolloutEngine,
-    task: Task,
-    params: Any,
-    step: int,
-) -> tuple[list[Rollout], list[Graded]]:
-    """Rollouts of one step, prompt by prompt, graded as they finish."""
-    problems = [
-        task.problem("train", step * config.prompts + i, config.seed) for i in range(config.prompts)
-    ]
-    requests = [
-        Request(
-            prompt=encode_prompt(model.tokenizer, problem.prompt),
-            seed=sampling_seed(config.seed, step, p, k),
-            sampling=config.sampling,
-        )
-        for p, problem in enumerate(problems)
-        for k in range(config.group_size)
-    ]
-    graded: dict[int, Graded] = {}
-
-    def grade_one(index: int, rollout: Rollout) -> None:
-        problem = problems[index // config.group_size]
-        graded[index] = grade(rollout, problem, task, model.tokenizer, model.schema)
-
-    rollouts = engine.generate(params, requests, on_finish=grade_one)
-    return rollouts, [graded[i] for i in range(len(rollouts))]
-
-
-def _rewards(
-    config: RLConfig, rollouts: Sequence[Rollout], graded: Sequence[Graded], step: int
-) -> tuple[list[RolloutFacts], np.ndarray]:
-    facts = [
-        RolloutFacts(g.correct, g.format_valid, r.total_tokens, r.critical_path)
-        for r, g in zip(rollouts, graded, strict=True)
-    ]
-    rewards = [sum(reward_terms(config.reward, f, step).values()) for f in facts]
-    return facts, np.reshape(rewards, (config.prompts, config.group_size))
-
-
-def _micro_batches(
-    config: RLConfig,
-    model: LoadedModel,
-    rollouts: Sequence[Rollout],
-    advantages: np.ndarray,
-) -> list[list[PackedBatch]]:
-    """Micro-batches of every update; groups are dealt to updates in order."""
-    groups = np.array_split(np.arange(config.prompts), config.updates_per_step)
-    updates = []
-    for members in groups:
-        forests = [
-            f for p in members for f in _forests(config, model, rollouts, advantages, int(p))
-        ]
-        rows = best_fit_rows([len(forest.trie) for forest in forests], config.row_len)
-        rows += [[] for _ in range(-len(rows) % config.rows)]
-        updates.append(
-            [
-                pack_rows(
-                    [[forests[i] for i in row] for row in rows[start : start + config.rows]],
-                    config.row_len,
-                )
-                for start in range(0, len(rows), config.rows)
-            ]
-        )
-    return updates
-
-
-def _forests(
-    config: RLConfig,
-    model: LoadedModel,
-    rollouts: Sequence[Rollout],
-    advantages: np.ndarray,
-    prompt: int,
-) -> list[WeightedTrie]:
-    """The group of one prompt as one forest, or several where it is longer than a row."""
-    ids = list(range(prompt * config.group_size, (prompt + 1) * config.group_size))
-
-    def build(members: list[int]) -> list[WeightedTrie]:
-        forest = group_forest(
-            model.schema,
-            [rollouts[i] for i in members],
-            [float(advantages.reshape(-1)[i]) for i in members],
-            members,
-            config.objective.aggregation,
-        )
-        if len(forest.trie) <= config.row_len:
-            return [forest]
-        if len(members) == 1:
-            raise UserError(
-                f"row_len={config.row_len} is too short: one rollout has {len(forest.trie)} trie "
-                "tokens; raise row_len or lower sampling.max_response_tokens"
-            )
-        half = len(members) // 2
-        return build(members[:half]) + build(members[half:])
-
-    return build(ids)
-
-
-def _scorer(
-    config: RLConfig, model: LoadedModel, layout: Layout | None
-) -> Callable[[Any, Any, PackedBatch], PackedBatch]:
-    """Adds log-probabilities of the policy before the update, and of the reference if any."""
-
-    @jax.jit
-    def logprobs(params: Any, batch: PackedBatch):
-        return token_logprobs(
-            model.graphdef,
-            params,
-            batch,
-            head_chunk=config.memory.head_chunk,
-            remat=config.memory.remat,
-            attention=config.memory.attention,
-            layout=layout,
-        )
-
-    def score(params: Any, reference: Any, batch: PackedBatch) -> PackedBatch:
-        if config.objective.ratio != "on_policy":
-            batch = dataclasses.replace(batch, old_logprob=logprobs(params, batch))
-        if reference is not None:
-            batch = dataclasses.replace(batch, reference_logprob=logprobs(reference, batch))
-        return batch
-
-    return score
