@@ -341,3 +341,18 @@ def test_a_wrong_shorthand_names_its_place(tmp_path):
         load_model(tmp_path, "\nmodel: 3")
     with pytest.raises(ConfigError, match=r"model.yaml:1: 'model.width' must be int, not 'x'"):
         load_model(tmp_path, "model: {width: x}")
+
+
+def test_a_lone_value_for_a_list_is_answered_with_the_list():
+    @dataclasses.dataclass(frozen=True)
+    class Files:
+        """Settings.
+
+        Attributes:
+          inputs: files.
+        """
+
+        inputs: tuple[str, ...] = ()
+
+    with pytest.raises(configs.ConfigError, match=r"list of text, not 'a.jsonl'; write .a.jsonl."):
+        configs.load_config(Files, None, ["inputs=a.jsonl"])

@@ -240,7 +240,12 @@ def _insert(
             tree[name] = _Value(config_fields.convert(value, field.hint), place)
         except config_fields.Mismatch:
             found = f"{value!r:.60}" if value is not None else "null"
-            raise ConfigError(f"{place}: '{key}' must be {field.type_name}, not {found}") from None
+            hint = ""
+            if field.type_name.startswith("list of") and isinstance(value, str | int | float):
+                hint = f"; write [{value}]"
+            raise ConfigError(
+                f"{place}: '{key}' must be {field.type_name}, not {found}{hint}"
+            ) from None
 
 
 def _shorthand(name: str, value: Any, line: int | None) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.data.test_text import QWEN3_DIR
 from tests.small_tokenizer import bpe_tokenizer
-from tw_jax.data.chat import Turn, encode_chat, read_chat_text
+from tw_jax.data.chat import Turn, encode_chat, read_chat_text, read_turns
 from tw_jax.data.columns import ColumnsConfig
 from tw_jax.data.records import RejectedRecord
 from tw_jax.data.rejects import Rejects
@@ -134,6 +134,15 @@ def test_columns_name_the_fields(tmp_path: pathlib.Path) -> None:
     as_chat = ColumnsConfig(prompt="q", response="r", as_chat=True)
     (first, *_) = read_trajectories(path, schema, tokenizer, rejects, as_chat)
     assert first.record.chat == (Turn("user", "1+1="),)
+
+
+def test_roles_are_known_and_somebody_asks() -> None:
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    for bad in (turns, [{"role": "x", "content": "1+1?"}]):
+        with pytest.raises(RejectedRecord) as caught:
+            read_turns(bad, "prompt")
+        assert (caught.value.kind, caught.value.field) == ("chat_role", "prompt")
+    assert len(read_turns([*turns, turns[0]], "prompt")) == 3
 
 
 def test_chat_text_is_read_turn_by_turn() -> None:

@@ -19,6 +19,7 @@ from tw_jax.data.pack import PackConfig, run_pack
 from tw_jax.data.packing import PADDING_KIND, best_fit_rows
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.store import PackedStore
+from tw_jax.data.store_writer import only_packer
 from tw_jax.data.trajectory_file import TrajectoryRecord, read_trajectories, write_trajectories
 from tw_jax.errors import UserError
 from tw_jax.tasks.registry import TaskConfig, make_task
@@ -232,6 +233,29 @@ def test_bad_input_and_bad_places_are_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_store_is_packed_by_one_process_at_a_time(tmp_path):
+    source = write_source(tmp_path / "data.jsonl", 4)
+    with only_packer(str(tmp_path / "store")):
+        with pytest.raises(UserError, match="another process is packing this store"):
+            run_pack(config_of(tmp_path, source))
+    assert run_pack(config_of(tmp_path, source)).counts["trajectories"] == 4
+    assert not (tmp_path / "store" / "journal").exists()
+    with pytest.raises(UserError, match="no folder can be made there"):
+        run_pack(config_of(tmp_path, source, output=str(source)))
+
+
+def test_statistics_are_those_of_what_rows_hold(tmp_path, capsys):
+    source = tmp_path / "data.jsonl"
+    export_task(make_task(TaskConfig()), "train", 30, 0, 1.0, source)
+    manifest = run_pack(config_of(tmp_path, source, row_len=150, too_long="split"))
+    assert manifest.counts["dropped_blocks"] == 30
+    assert manifest.statistics["parallel_ratio"] == manifest.statistics["activation_ratio"] == 0
+    assert "30 parallel blocks are not in the store" in capsys.readouterr().out
+    whole = run_pack(config_of(tmp_path, source, output=str(tmp_path / "whole")))
+    assert whole.statistics["activation_ratio"] == 1
+    assert "are not in the store" not in capsys.readouterr().out
+
+
 def test_what_is_not_canonical_is_packed_only_on_request(tmp_path):
     source = write_source(tmp_path / "data.jsonl", 20)
     lines = [json.loads(line) for line in source.read_text().splitlines()]

@@ -1,7 +1,6 @@
 """Trajectory files: good lines survive, bad ones are counted, nothing is half-written."""
 
 import json
-import logging
 import pathlib
 from typing import Any
 
@@ -14,6 +13,7 @@ from tw_jax.data.export_task import export_task
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.trajectory_file import (
     LoadedTrajectory,
+    NoGoodTrajectory,
     TrajectoryRecord,
     read_trajectories,
     write_trajectories,
@@ -88,23 +88,18 @@ def test_what_was_written_is_read(tmp_path: pathlib.Path, rejects: Rejects) -> N
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_is_rejected_and_its_neighbours_survive(
-    name: str, tmp_path: pathlib.Path, rejects: Rejects, caplog: pytest.LogCaptureFixture
+    name: str, tmp_path: pathlib.Path, rejects: Rejects
 ) -> None:
     line, kind = BAD_LINES[name]
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join([GOOD.encode(), b"", line, GOOD.encode()]))
-    with caplog.at_level(logging.INFO):
-        assert [item.line for item in read(path, rejects)] == [1, 4]
+    assert [item.line for item in read(path, rejects)] == [1, 4]
     assert rejects.counts == {kind: 1}
     (entry,) = [json.loads(text) for text in rejects.path.read_text().splitlines()]
     assert (entry["file"], entry["line"], entry["kind"]) == (str(path), 3, kind)
     assert entry["message"]
     assert entry["field"] is None or entry["field"] in entry["message"]
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert record.getMessage() == (
-        f"{path}: 2 trajectories read, 1 rejected (1 {kind}), listed in {rejects.path}"
-    )
+    assert rejects.summary() == f"1 rejected (1 {kind}), listed in {rejects.path}"
 
 
 def test_all_kinds_together(tmp_path: pathlib.Path, rejects: Rejects) -> None:
@@ -151,17 +146,58 @@ def test_no_good_line_is_a_user_error(tmp_path: pathlib.Path, rejects: Rejects) 
         read(path, Rejects(tmp_path / "other.jsonl"))
 
 
-def test_files_may_share_a_record_of_rejects(
-    tmp_path: pathlib.Path, rejects: Rejects, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_may_share_a_record_of_rejects(tmp_path: pathlib.Path, rejects: Rejects) -> None:
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     first.write_text(f"hello\n{GOOD}\n")
-    second.write_text(f"{GOOD}\n[]\n")
-    with caplog.at_level(logging.INFO):
-        read(first, rejects)
+    second.write_text("[]\n")
+    read(first, rejects)
+    with pytest.raises(NoGoodTrajectory, match="second.jsonl .*1 rejected .1 not_an_object."):
         read(second, rejects)
-    assert "1 rejected (1 not_an_object)" in caplog.records[1].getMessage()
     assert rejects.total == 2 and len(rejects.path.read_text().splitlines()) == 2
+
+
+def test_rejects_take_no_other_files_place(tmp_path: pathlib.Path) -> None:
+    data, notes, old = (tmp_path / name for name in ("data.jsonl", "notes.txt", "old.jsonl"))
+    data.write_text(GOOD)
+    notes.write_text("precious\n")
+    Rejects(old).add("x", 1, "kind", "message")
+    with pytest.raises(UserError, match=r"rejects=.*data.jsonl is what is read as well"):
+        Rejects(data, sources=[str(tmp_path / "." / "data.jsonl")])
+    for other in (data, notes):
+        with pytest.raises(UserError, match="is there already and lists no rejects"):
+            Rejects(other)
+    assert data.read_text() == GOOD and notes.read_text() == "precious\n"
+    Rejects(old)
+    assert not old.exists()
+    nowhere = Rejects(None)
+    nowhere.add("x", 1, "kind", "message")
+    assert nowhere.summary() == "1 rejected (1 kind)" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_numbers_are_answers_too(tmp_path: pathlib.Path, rejects: Rejects) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [{"prompt": "1", "response": "2", "answer": a} for a in (5, 0.5, "6", None, True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [item.record.answer for item in read(path, rejects)] == ["5", "0.5", "6", None]
+    assert rejects.counts == {"wrong_type": 1}
+    assert "found true or false" in rejects.first_of(path)[0]
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "data.jsonl.gz", "data.array_record"])
+def test_names_of_other_formats_are_not_written(name: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="written as JSON lines; name the file .jsonl"):
+        write_trajectories(tmp_path / name, [])
+
+
+def test_strict_reading_names_the_first_place(tmp_path: pathlib.Path, rejects: Rejects) -> None:
+    path = tmp_path / "data.jsonl"
+    loose = json.loads(GOOD) | {"response": PROBLEM.parallel.replace("<Thread>\n", "<Thread>")}
+    path.write_text(f"{json.dumps(loose)}\n{GOOD}\n")
+    assert [item.line for item in read(path, rejects)] == [1, 2]
+    strict = list(read_trajectories(path, SCHEMA, TOKENIZER, rejects, strict=True))
+    assert [item.line for item in strict] == [2]
+    assert rejects.counts == {"white_space": 1}
+    assert "of the response, near" in rejects.first_of(path)[0]
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: pathlib.Path, rejects: Rejects) -> None:

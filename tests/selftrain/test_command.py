@@ -198,7 +198,7 @@ def test_bad_problems_stop_the_run_before_anything_is_sampled(tmp_path, problems
     assert report.rejected_problems == {"malformed_json": 1, "empty_field": 1}
 
 
-def test_when_nothing_is_kept_the_reasons_are(tmp_path, problems):
+def test_when_nothing_is_kept_the_reasons_are(tmp_path, problems, capsys):
     tokenizer, _ = open_tokenizer(None, "threadweaver")
     out = tmp_path / "out"
     with WrittenAnswers(texts_of("threadweaver"), tokenizer) as server:
@@ -208,6 +208,30 @@ def test_when_nothing_is_kept_the_reasons_are(tmp_path, problems):
             run_selftrain(config)
     assert len(lines_of(out / "dropped.jsonl")) == 32 and (out / "report.json").exists()
     assert not (out / "trajectories.jsonl").exists()
+    # No tables of zeros: which rules dropped how many.
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "dropped" in line)
+    rules = json.loads((out / "report.json").read_text())["rules"]
+    drops = ", ".join(f"{rule['rule']} {rule['dropped']}" for rule in rules if rule["dropped"])
+    assert said == f"dropped: {drops}" and "total_tokens" in drops
+
+
+def test_when_nothing_is_kept_an_old_set_goes_and_can_be_made_again(tmp_path, problems, capsys):
+    tokenizer, _ = open_tokenizer(None, "threadweaver")
+    out = tmp_path / "out"
+    with WrittenAnswers(texts_of("threadweaver"), tokenizer) as server:
+        config = settings(server, problems, out, samples_per_problem=2)
+        run_selftrain(config)
+        written = (out / "trajectories.jsonl").read_bytes()
+        assert "pass rate" in capsys.readouterr().out
+        strict = dataclasses.replace(config, selection=SelectionConfig(max_total_tokens=1))
+        with pytest.raises(UserError, match="trajectories.jsonl of an earlier run was removed"):
+            run_selftrain(strict)
+        assert not (out / "trajectories.jsonl").exists()
+        assert json.loads((out / "report.json").read_text())["kept"] == 0
+        assert "pass rate" not in capsys.readouterr().out
+        run_selftrain(config)
+        assert (out / "trajectories.jsonl").read_bytes() == written
+        assert sum(server.asked.values()) == 4 * 2
 
 
 def test_a_hanging_answer_costs_its_time_limit_alone(tmp_path, problems):
@@ -303,6 +327,58 @@ def test_more_samples_and_more_problems_only_sample_what_is_new(tmp_path, proble
         assert sum(server.asked.values()) == 4 * 5
 
 
+def test_a_set_is_not_replaced_by_that_of_other_problems_or_another_model(tmp_path, problems):
+    tokenizer, _ = open_tokenizer(None, "threadweaver")
+    out = tmp_path / "out"
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "easy?", "answer": "1/2", "id": "other"}) + "\n")
+    with WrittenAnswers(texts_of("threadweaver"), tokenizer) as server:
+        config = settings(server, problems, out, samples_per_problem=2)
+        # A mistyped source leaves a folder that any run may use.
+        with pytest.raises(UserError, match="cannot read"):
+            run_selftrain(dataclasses.replace(config, problems=("none.jsonl",)))
+        run_selftrain(config)
+        before = {name: (out / name).read_bytes() for name in FILES if (out / name).exists()}
+        elsewhere = dataclasses.replace(config.server, url="http://127.0.0.1:1/v1")
+        for changes, message in (
+            ({"problems": (str(other),)}, r"problems was \[.*\], now it is \[.*other.jsonl\]"),
+            ({"problems": ()}, r"problems was \[.*\], now it is \[\]"),
+            ({"server": elsewhere}, "server.url was .*, now it is http://127.0.0.1:1/v1"),
+            ({"server": None}, "server.url was .*, now it is null"),
+            ({"problems": (str(out / "trajectories.jsonl"),)}, "is what is read as well"),
+        ):
+            with pytest.raises(UserError, match=message):
+                run_selftrain(dataclasses.replace(config, **changes))
+        assert before == {name: (out / name).read_bytes() for name in before}
+        # Problems that come behind the old ones are the same work.
+        added = dataclasses.replace(config, problems=(str(problems), str(other)))
+        added = dataclasses.replace(added, max_reject_share=0.5)
+        assert run_selftrain(added).rejected_problems == {"duplicate_problem": 1}
+        assert sum(server.asked.values()) == 4 * 2
+
+
+def test_a_set_is_not_replaced_by_that_of_another_task_or_checkpoint(tmp_path):
+    """These are told apart before a model is loaded: none is there."""
+    config = SelfTrainConfig(output=tmp_path / "out", checkpoint=str(tmp_path / "run"))
+    (config.output / "rollouts").mkdir(parents=True)
+    (config.output / "rollouts" / "00000.jsonl").write_text("{}\n")
+    (config.output / "config.yaml").write_text(to_yaml(config))
+    task = dataclasses.replace(config.task, name="count_calls")
+    for changes, message in (
+        ({"task": task}, f"task.name was {config.task.name}, now it is count_calls.*Name another"),
+        ({"checkpoint": "runs/other"}, "checkpoint was .*run, now it is runs/other"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_selftrain(dataclasses.replace(config, **changes))
+    selection = SelectionConfig(require_block=True)
+    allowed = dataclasses.replace(
+        config, selection=selection, samples_per_problem=9, checkpoint=f"{config.checkpoint}/"
+    )
+    with pytest.raises(UserError) as missing:
+        run_selftrain(allowed)
+    assert "holds the results of other settings" not in str(missing.value)
+
+
 def test_chats_stay_chats(tmp_path):
     """The set holds the turns, so that training needs no word of how they are framed."""
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "easy?"}]
@@ -359,12 +435,12 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(tmp_path, problems):
             wait_for(lambda n=samples: sum(server.asked.values()) - before >= n)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
-            assert not (killed.out / "trajectories.jsonl").exists()
+            assert not (killed.output / "trajectories.jsonl").exists()
         assert subprocess.run(words).returncode == 0
         # What had been finished was not asked for again: only what was in flight at a kill.
         assert sum(server.asked.values()) - before <= 32 + 2 * 3
     for name in FILES[1:]:
-        one, two = whole.out / name, killed.out / name
+        one, two = whole.output / name, killed.output / name
         assert one.exists() == two.exists()
         if one.exists():
             assert one.read_bytes() == two.read_bytes(), name

@@ -61,7 +61,7 @@ def test_validate_says_where_and_fails(
     assert "20 of 20 records are valid" in capsys.readouterr().out
     assert cli.main(["data", "validate", "inputs=[parallel.jsonl]", "rejects=bad.jsonl"]) == 1
     out = capsys.readouterr().out
-    assert "10 of 13 records are valid" in out
+    assert "10 of 13 records are valid; bad.jsonl lists the others" in out
     entries = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
     assert [(entry["line"], entry["kind"]) for entry in entries] == [
         (11, "white_space"),
@@ -72,6 +72,35 @@ def test_validate_says_where_and_fails(
     assert re.search(r"at token \d+ of the response, near '", entries[0]["message"])
     assert cli.main(["data", "validate", "inputs=[parallel.jsonl]", "shown=0"]) == 1
     assert "at token" not in capsys.readouterr().out
+
+
+def test_a_file_without_a_valid_record_is_no_mistake_of_the_caller(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "bad.jsonl").write_text("hello\n")
+    (folder / "empty.jsonl").write_text("")
+    assert cli.main(["data", "validate", "inputs=[bad.jsonl,mixed.jsonl]"]) == 1
+    assert "20 of 21 records are valid" in capsys.readouterr().out
+    assert cli.main(["data", "validate", "inputs=[empty.jsonl]"]) == 1
+    assert "0 of 0 records are valid" in capsys.readouterr().out
+
+
+def test_nothing_that_is_read_is_overwritten(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder / "mixed.jsonl").read_bytes()
+    for words in (
+        ["stats", "output=mixed.jsonl"],
+        ["stats", "page=./mixed.jsonl"],
+        ["stats", "rejects=mixed.jsonl"],
+        ["validate", "rejects=mixed.jsonl"],
+    ):
+        assert cli.main(["data", *words, "inputs=[mixed.jsonl]"]) == 2
+        assert "is what is read as well; choose another path" in capsys.readouterr().err
+    assert cli.main(["data", "validate", "inputs=[parallel.jsonl]"]) == 1
+    assert cli.main(["data", "inspect", "inputs=[rejects.jsonl]"]) == 0
+    assert (folder / "rejects.jsonl").exists()
+    assert (folder / "mixed.jsonl").read_bytes() == before
 
 
 def test_inspect_shows_good_and_bad_records(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 _ASSISTANT = "<|im_start|>assistant\n"
 _TURN_END = "<|im_end|>"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,9 @@ def read_turns(value: Sequence[Any], field: str) -> tuple[Turn, ...]:
     """The turns in a field that holds a list of `{"role", "content"}`.
 
     Raises:
-      RejectedRecord: `wrong_type`, `empty_field`, `invalid_unicode`, `nul_byte`.
+      RejectedRecord: `wrong_type`, `chat_role`, `empty_field`, `invalid_unicode`, `nul_byte`.
     """
-    turns = []
+    turns: list[Turn] = []
     for number, item in enumerate(value):
         role, content = (
             (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
@@ -96,8 +97,18 @@ def read_turns(value: Sequence[Any], field: str) -> tuple[Turn, ...]:
                 f"turn {number} of {field!r} must hold role and content as text",
                 field,
             )
+        if role not in _ROLES:
+            raise RejectedRecord(
+                "chat_role",
+                f"turn {number} of {field!r} has the role {role!r}; known: {', '.join(_ROLES)}",
+                field,
+            )
         check_text(content, field)
         turns.append(Turn(role, content))
+    if turns and turns[-1].role == "assistant":
+        raise RejectedRecord(
+            "chat_role", f"the last turn of {field!r} is the assistant's; nothing is asked", field
+        )
     if not turns or not turns[-1].content.strip():
         raise RejectedRecord("empty_field", f"the field {field!r} asks nothing", field)
     return tuple(turns)

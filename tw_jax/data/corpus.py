@@ -1,7 +1,6 @@
 """A corpus: sources of trajectories, and what is needed to read them."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,14 +22,12 @@ class CorpusConfig:
         lacks are added, as an import of the model does.
       schema: the language of the responses: threadweaver, native or apr.
       columns: names of the fields.
-      rejects: JSONL file for what cannot be used.
     """
 
     inputs: tuple[str, ...] = ()
     tokenizer: str | None = None
     schema: str = "threadweaver"
     columns: ColumnsConfig = ColumnsConfig()
-    rejects: str = "rejects.jsonl"
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -55,24 +52,32 @@ class Corpus:
     columns: ColumnsConfig
     rejects: Rejects
 
-    def read(self, source: str) -> Iterator[LoadedTrajectory]:
+    def read(self, source: str, *, strict: bool = False) -> Iterator[LoadedTrajectory]:
         """The good trajectories of one source.
 
+        Args:
+          source: one of `sources`.
+          strict: see `read_trajectories`.
+
         Raises:
-          UserError: it cannot be read, or holds none.
+          NoGoodTrajectory: it holds none.
+          UserError: it cannot be read.
         """
-        return read_trajectories(source, self.schema, self.tokenizer, self.rejects, self.columns)
-
-    def read_all(self) -> Iterator[LoadedTrajectory]:
-        """The good trajectories of all sources, one after another."""
-        return itertools.chain.from_iterable(map(self.read, self.sources))
+        return read_trajectories(
+            source, self.schema, self.tokenizer, self.rejects, self.columns, strict=strict
+        )
 
 
-def open_corpus(config: CorpusConfig) -> Corpus:
+def open_corpus(config: CorpusConfig, rejects: str | None) -> Corpus:
     """Loads the tokenizer; reads no source yet.
 
+    Args:
+      config: the corpus.
+      rejects: JSONL file for what cannot be used; None writes none.
+
     Raises:
-      UserError: there is no usable tokenizer, or no such schema.
+      UserError: there is no usable tokenizer, no such schema, or `rejects` is something else.
     """
     tokenizer, schema = open_tokenizer(config.tokenizer, config.schema)
-    return Corpus(config.inputs, tokenizer, schema, config.columns, Rejects(config.rejects))
+    record = Rejects(rejects, sources=config.inputs)
+    return Corpus(config.inputs, tokenizer, schema, config.columns, record)

@@ -97,18 +97,21 @@ def file_trajectories(
     *,
     too_long: TooLong = "skip",
     columns: ColumnsConfig = DEFAULT_COLUMNS,
+    strict: bool = True,
+    max_reject_share: float = 1.0,
 ) -> list[Trajectory]:
     """Good trajectories of all sources, made to fit a row; bad ones are counted and set aside.
 
     Raises:
-      UserError: a source cannot be read, or holds no trajectory that fits a row.
+      UserError: a source cannot be read, holds no trajectory that fits a row, or more of the
+        records are bad than admitted.
     """
-    rejects = Rejects(rejects_path)
+    rejects = Rejects(rejects_path, sources=sources)
     kept: list[Trajectory] = []
     shortened = 0
     for source in sources:
         before = len(kept)
-        for item in read_trajectories(source, schema, tokenizer, rejects, columns):
+        for item in read_trajectories(source, schema, tokenizer, rejects, columns, strict=strict):
             fitted = fit(item.trajectory, schema, row_len, too_long)
             if not fitted.pieces:
                 message = too_long_message(fitted.trie_len, row_len)
@@ -120,10 +123,11 @@ def file_trajectories(
                 f"{source}: no trajectory fits a row of {row_len} tokens; raise data.row_len "
                 f"({rejects.summary()})"
             )
+    rejects.require_share(len(kept), max_reject_share)
     if shortened:
         print(f"{shortened} trajectories were longer than a row of {row_len}: {too_long}")
     if rejects.total:
-        print(f"{len(kept)} trajectories read; {rejects.summary()}")
+        print(f"{len(kept)} trajectories will be used; {rejects.summary()}")
     return kept
 
 

@@ -33,7 +33,7 @@ from tw_jax.data.over_long import Piece, TooLong, fit, too_long_message
 from tw_jax.data.pack_counts import (
     OVER_LONG_COUNTS,
     count_fitted,
-    count_trajectory,
+    count_piece,
     statistics_of,
     summary,
 )
@@ -41,7 +41,8 @@ from tw_jax.data.packing import rows_to_write
 from tw_jax.data.progress import counted
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.store_manifest import FORMAT_VERSION, Manifest, tokenizer_sha256
-from tw_jax.data.store_writer import PackState, Pending, StoreWriter
+from tw_jax.data.store_writer import PackState, Pending, StoreWriter, only_packer
+from tw_jax.data.tokenizer import SHIPPED
 from tw_jax.errors import UserError
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.trajectory import Trajectory
@@ -120,18 +121,19 @@ def run_pack(config: PackConfig) -> Manifest:
         "too_long": config.too_long,
         "window": config.window,
     }
-    manifest = writer.finished()
-    if manifest is not None:
-        _check_finished(config.output, manifest, settings)
-        writer.verify(manifest)
-        print(f"{config.output} is finished already; every file is what its manifest says")
-        print(summary(manifest))
-        return manifest
-    rejects = Rejects(config.rejects)
-    packing = _Packing(config, schema, writer, rejects, writer.begin(settings))
-    packing.run(inputs)
-    manifest = packing.manifest(inputs, settings, tokenizer)
-    writer.finish(manifest)
+    with only_packer(config.output):
+        manifest = writer.finished()
+        if manifest is not None:
+            _check_finished(config.output, manifest, settings)
+            writer.verify(manifest)
+            print(f"{config.output} is finished already; every file is what its manifest says")
+            print(summary(manifest))
+            return manifest
+        rejects = Rejects(config.rejects, sources=config.inputs)
+        packing = _Packing(config, schema, writer, rejects, writer.begin(settings))
+        packing.run(inputs)
+        manifest = packing.manifest(inputs, settings, tokenizer)
+        writer.finish(manifest)
     print(summary(manifest))
     if rejects.total:
         print(rejects.summary())
@@ -212,7 +214,9 @@ class _Packing:
             source = self._config.inputs[outcome.source]
             self._reject(Reject(source, outcome.line, TOO_LONG, message))
             return False
-        count_trajectory(self._counts, result, self._schema)
+        self._counts["trajectories"] += 1
+        for piece in fitted.pieces:
+            count_piece(self._counts, piece.trajectory, self._schema)
         self._counts[_good_of(outcome.source)] += 1
         self._waiting += fitted.pieces
         return True
@@ -259,7 +263,7 @@ class _Packing:
             shard_rows=config.shard_rows,
             hidden_depth=self._writer.hidden_depth,
             schema=config.schema,
-            tokenizer=config.tokenizer or "character",
+            tokenizer=config.tokenizer or SHIPPED,
             tokenizer_sha256=settings["tokenizer_sha256"],
             vocab_size=ids_needed(tokenizer),
             inputs=[

@@ -24,13 +24,11 @@ def count_fitted(
         counts["dropped_tokens"] += fitted.dropped_tokens
 
 
-def count_trajectory(
-    counts: collections.Counter[str], trajectory: Trajectory, schema: Schema
-) -> None:
-    """Adds a trajectory to the sums that `statistics_of` divides."""
+def count_piece(counts: collections.Counter[str], trajectory: Trajectory, schema: Schema) -> None:
+    """Adds what a row will hold to the sums that `statistics_of` divides."""
     item = trajectory_statistics(trajectory, schema)
-    counts["trajectories"] += 1
-    counts["parallel_trajectories"] += bool(item.block_tokens)
+    counts["pieces_taken"] += 1
+    counts["parallel_pieces"] += bool(item.block_tokens)
     counts["prompt_tokens"] += item.prompt_tokens
     counts["total_tokens"] += item.total_tokens
     counts["critical_path"] += item.critical_path
@@ -41,21 +39,21 @@ def count_trajectory(
 
 
 def statistics_of(counts: collections.Counter[str]) -> dict[str, float]:
-    """Means (see `CorpusStatistics`) of the trajectories as they were read, before any was cut."""
+    """Means (see `CorpusStatistics`) of what rows hold, cut or split where it was too long."""
 
     def mean(total: str, of: str) -> float:
         return counts[total] / counts[of] if counts[of] else 0.0
 
     total, critical = counts["total_tokens"], counts["critical_path"]
     return {
-        "activation_ratio": mean("parallel_trajectories", "trajectories"),
+        "activation_ratio": mean("parallel_pieces", "pieces_taken"),
         "parallel_ratio": mean("block_tokens", "total_tokens"),
-        "prompt_tokens": mean("prompt_tokens", "trajectories"),
-        "total_tokens": mean("total_tokens", "trajectories"),
-        "critical_path": mean("critical_path", "trajectories"),
+        "prompt_tokens": mean("prompt_tokens", "pieces_taken"),
+        "total_tokens": mean("total_tokens", "pieces_taken"),
+        "critical_path": mean("critical_path", "pieces_taken"),
         "self_parallelism": self_parallelism(total, critical),
         "acceleration_ratio": acceleration_ratio(total, critical),
-        "blocks_per_trajectory": mean("blocks", "trajectories"),
+        "blocks_per_trajectory": mean("blocks", "pieces_taken"),
         "threads_per_block": mean("threads", "blocks"),
         "tokens_per_block": mean("block_tokens", "blocks"),
         "tokens_per_thread": mean("thread_tokens", "threads"),
@@ -76,8 +74,14 @@ def summary(manifest: Manifest) -> str:
         ("rows", f"{manifest.rows:,} of {manifest.row_len:,} tokens"),
         ("tokens in tries", f"{counts['trie_tokens']:,}"),
         ("packing efficiency", f"{manifest.efficiency:.2%}"),
-        ("tokens per trajectory", f"{statistics['total_tokens']:,.0f}"),
+        ("tokens per piece", f"{statistics['total_tokens']:,.0f}"),
         ("parallel ratio", f"{statistics['parallel_ratio']:.2f}"),
         ("self-parallelism", f"{statistics['self_parallelism']:.2f}"),
     ]
-    return "\n".join(f"  {name:<22}{value}" for name, value in lines)
+    text = "\n".join(f"  {name:<22}{value}" for name, value in lines)
+    if dropped := counts["dropped_blocks"]:
+        text += (
+            f"\n  {dropped:,} parallel blocks are not in the store, since they do not fit a row of "
+            f"{manifest.row_len:,} tokens with their prompt: consider a larger row_len"
+        )
+    return text

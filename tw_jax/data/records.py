@@ -28,6 +28,7 @@ from tw_jax.errors import UserError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PARQUET_BATCH_ROWS = 256
+OTHER_FORMATS = (".gz", ".bz2", ".xz", ".zip", ".zst", ".parquet", ".array_record", ".arrayrecord")
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 
@@ -114,14 +115,19 @@ def text_field(record: Record, name: str, *, empty_ok: bool = False) -> str | No
     if value is None:
         return None
     if not isinstance(value, str):
-        found = type(value).__name__
-        raise RejectedRecord(
-            "wrong_type", f"the field {name!r} must be text, found a {found}", name
-        )
+        found = json_type(value)
+        raise RejectedRecord("wrong_type", f"the field {name!r} must be text, found {found}", name)
     check_text(value, name)
     if not empty_ok and not value.strip():
         raise RejectedRecord("empty_field", f"the field {name!r} is empty", name)
     return value
+
+
+def json_type(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    kinds |= {type(None): "null", list: "an array", dict: "an object"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def check_text(value: str, field: str) -> None:
@@ -171,12 +177,20 @@ def _json_object(line: bytes) -> dict[str, Any]:
             "invalid_utf8", f"byte {error.start} of the line is not UTF-8"
         ) from None
     except (ValueError, RecursionError) as error:  # RecursionError: absurdly deep nesting
-        raise RejectedRecord("malformed_json", str(error)) from None
+        raise RejectedRecord("malformed_json", _what_is_malformed(error)) from None
     if not isinstance(fields, dict):
         raise RejectedRecord(
-            "not_an_object", f"expected a JSON object, found a {type(fields).__name__}"
+            "not_an_object", f"expected a JSON object on the line, found {json_type(fields)}"
         )
     return fields
+
+
+def _what_is_malformed(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at character {error.pos} of the line"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number has too many digits"  # Python's limit; nothing else is left
 
 
 def _lines(source: str) -> Iterator[tuple[int, bytes]]:

@@ -3,7 +3,9 @@
 import collections
 import json
 import pathlib
+from collections.abc import Sequence
 
+from tw_jax.data.whole_file import require_other_files
 from tw_jax.errors import UserError
 
 _SHOWN_PROBLEMS = 3
@@ -13,23 +15,33 @@ class Rejects:
     """Counts bad items by kind and writes each as one JSON line.
 
     Attributes:
-      path: the rejects file; it exists only if something was rejected.
+      path: the rejects file; it exists only if something was rejected. None writes none.
       counts: number of rejected items by kind.
     """
 
-    def __init__(self, path: str | pathlib.Path) -> None:
-        """Starts an empty record.
+    def __init__(self, path: str | pathlib.Path | None, *, sources: Sequence[str] = ()) -> None:
+        """Starts an empty record; the rejects file of an earlier run goes.
+
+        Args:
+          path: the file to write.
+          sources: what will be read.
 
         Raises:
-          UserError: a rejects file of an earlier run cannot be replaced.
+          UserError: the file is one of the sources, or something else than a rejects file.
         """
-        self.path = pathlib.Path(path)
+        self.path = None if path is None else pathlib.Path(path)
         self.counts: collections.Counter[str] = collections.Counter()
         self._first: dict[str, list[str]] = collections.defaultdict(list)
-        try:
-            self.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        self._whole: Rejects | None = None
+        if self.path is not None:
+            require_other_files(sources, rejects=self.path)
+            self._remove_old(self.path)
+
+    def part(self) -> "Rejects":
+        """A record that counts by itself what it adds to this one."""
+        part = Rejects(None)
+        part.path, part._whole = self.path, self
+        return part
 
     def add(
         self,
@@ -52,9 +64,14 @@ class Rejects:
           UserError: the rejects file cannot be written.
         """
         self.counts[kind] += 1
+        if self._whole is not None:
+            self._whole.add(file, line, kind, message, field)
+            return
         first = self._first[str(file)]
         if len(first) < _SHOWN_PROBLEMS:
             first.append(f"line {line}: {kind}: {message}")
+        if self.path is None:
+            return
         entry = {"file": str(file), "line": line, "field": field, "kind": kind, "message": message}
         try:
             # Opened per item: rejects are rare, and a killed run keeps what it has found so far.
@@ -70,7 +87,8 @@ class Rejects:
 
     def first_of(self, file: str | pathlib.Path) -> tuple[str, ...]:
         """The first few problems of a file, in words."""
-        return tuple(self._first[str(file)])
+        record = self if self._whole is None else self._whole
+        return tuple(record._first[str(file)])
 
     def require_share(self, good: int, max_reject_share: float) -> None:
         """Stops a run whose input is worse than admitted, before anything is spent on it.
@@ -90,17 +108,35 @@ class Rejects:
                 "raise max_reject_share"
             )
 
-    def summary(self, counts: collections.Counter[str] | None = None) -> str:
-        """One line: how many, of which kinds, listed where.
-
-        Args:
-          counts: of one file, where several share this record; all of them by default.
-        """
-        counts = self.counts if counts is None else counts
-        if not counts:
+    def summary(self) -> str:
+        """One line: how many, of which kinds, listed where."""
+        if not self.counts:
             return "0 rejected"
-        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-        return f"{counts.total()} rejected ({kinds}), listed in {self.path}"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
+        where = "" if self.path is None else f", listed in {self.path}"
+        return f"{self.total} rejected ({kinds}){where}"
+
+    def _remove_old(self, path: pathlib.Path) -> None:
+        """Makes place for a new file, but only of an old rejects file."""
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                first = file.readline()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            is_rejects = not first or {"file", "line", "kind", "message"} <= set(json.loads(first))
+        except (ValueError, TypeError, RecursionError):
+            is_rejects = False
+        if not is_rejects:
+            raise UserError(
+                f"rejects={path} is there already and lists no rejects; choose another path"
+            )
+        try:
+            path.unlink()
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(

@@ -52,10 +52,18 @@ class StoresConfig:
                     f"{name}={list(weights)}: expected one per path, that is {len(self.paths)}"
                 )
             if weights and (min(weights) < 0 or not 0 < sum(weights) < float("inf")):
-                raise ValueError(f"{name}={list(weights)}: must be at least 0, and not all of them")
-        if self.ramp_rows < 0 or bool(self.ramp_rows) != bool(self.final_weights):
+                raise ValueError(
+                    f"{name}={list(weights)}: none may be negative, and one must be positive"
+                )
+        if self.final_weights and self.ramp_rows < 1:
             raise ValueError(
-                f"ramp_rows={self.ramp_rows}: set it, to at least 1, together with final_weights"
+                f"ramp_rows={self.ramp_rows}: say over how many rows the shares go over to "
+                "final_weights, at least 1"
+            )
+        if self.ramp_rows and not self.final_weights:
+            raise ValueError(
+                f"ramp_rows={self.ramp_rows}: set final_weights too, where the ramp ends, or leave "
+                "it out"
             )
 
 

@@ -79,7 +79,8 @@ def manifest_from_json(data: bytes, store: str) -> Manifest:
             return Manifest(**fields)
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{store}/manifest.json is no manifest of a store ({error}); pack the store again"
+            f"{store}/manifest.json is no manifest of a store ({error}); delete the store and pack "
+            "it again"
         ) from error
     raise UserError(
         f"{store} is a store of format {version}, this version reads format {FORMAT_VERSION}; "

@@ -12,9 +12,12 @@ commit and goes on from there; since packing is deterministic, it ends with the 
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
+import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -288,6 +291,35 @@ class StoreWriter:
 
     def _delete_journal(self) -> None:
         self._files.delete_range(ts.KvStore.KeyRange(_JOURNAL, "journal0")).result()
+        if "://" not in self._store:
+            with contextlib.suppress(OSError):
+                os.rmdir(pathlib.Path(self._store, _JOURNAL))
+
+
+@contextlib.contextmanager
+def only_packer(store: str) -> Iterator[None]:
+    """Keeps others from packing the same store; of local folders only, while the block runs.
+
+    Raises:
+      UserError: another process packs it, or the folder cannot be made.
+    """
+    if "://" in store:
+        yield
+        return
+    try:
+        pathlib.Path(store).mkdir(parents=True, exist_ok=True)
+        folder = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(
+            f"output={store}: no folder can be made there: {error.strerror}; choose another"
+        ) from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, kill or not
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"output={store}: another process is packing this store") from error
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -298,7 +330,7 @@ def _writing(store: str) -> Iterator[None]:
     except StoreError as error:
         raise UserError(
             f"the store {store} cannot be written: {error}; mend that and run the same command "
-            "again: it goes on from its last commit"
+            "again: it goes on from its last commit, if there was one"
         ) from error
 
 

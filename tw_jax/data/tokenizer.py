@@ -9,6 +9,8 @@ from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.schemas import make_schema, schema_tags
 from tw_jax.trajectory.vocabulary import add_control_tokens
 
+SHIPPED = "character"
+
 
 def open_tokenizer(source: str | None, schema: str) -> tuple[Any, Schema]:
     """Loads a tokenizer and adds the schema's control tags where they are missing.
@@ -16,14 +18,15 @@ def open_tokenizer(source: str | None, schema: str) -> tuple[Any, Schema]:
     The tags get the ids that `tw_jax.train.published.load_published` gives them in the model.
 
     Args:
-      source: a folder or hub id; None takes the shipped character tokenizer.
+      source: a folder or hub id; None and "character" take the shipped one.
       schema: name of the schema.
 
     Raises:
       UserError: there is no usable tokenizer, or no schema of that name.
     """
     tags = schema_tags(schema)
-    loaded = tokenizer_in(TOKENIZER_DIR if source is None else source)
+    source = SHIPPED if source is None else source
+    loaded = tokenizer_in(TOKENIZER_DIR if source == SHIPPED else source)
     tokenizer, _ = add_control_tokens(loaded, tags)
     return tokenizer, make_schema(schema, tokenizer)
 
@@ -46,6 +49,8 @@ def tokenizer_in(folder: str | pathlib.Path, name: str = "") -> Any:
         raise UserError(
             f"{name or folder}: no usable Hugging Face tokenizer there (no {' or '.join(files)})"
         )
+    if str(folder).startswith(("/", ".", "~")) and not pathlib.Path(folder).exists():
+        raise UserError(f"{name or folder}: there is no such folder")
     try:
         return load_tokenizer(folder)
     except (OSError, ValueError) as error:

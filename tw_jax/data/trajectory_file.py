@@ -10,7 +10,6 @@ of the schema's parser.
 
 import dataclasses
 import json
-import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,14 @@ from jaxtyping import Int32
 
 from tw_jax.data.chat import Turn, encode_chat, read_chat_text, read_turns
 from tw_jax.data.columns import DEFAULT_COLUMNS, ColumnsConfig
-from tw_jax.data.records import Record, RejectedRecord, read_records, required_text, text_field
+from tw_jax.data.records import (
+    OTHER_FORMATS,
+    Record,
+    RejectedRecord,
+    read_records,
+    required_text,
+    text_field,
+)
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.text import encode_prompt, encode_response, unknown_characters
 from tw_jax.data.whole_file import whole_file
@@ -31,7 +37,6 @@ from tw_jax.trajectory.trajectory import Trajectory
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-_logger = logging.getLogger(__name__)
 _CONTEXT_TOKENS = 8
 
 
@@ -70,14 +75,20 @@ class LoadedTrajectory:
     trajectory: Trajectory
 
 
+class NoGoodTrajectory(UserError):
+    """A source that can be read, but holds nothing that can be used."""
+
+
 def read_trajectories(
     source: str | pathlib.Path,
     schema: Schema,
     tokenizer: "Tokenizer",
     rejects: Rejects,
     columns: ColumnsConfig = DEFAULT_COLUMNS,
+    *,
+    strict: bool = False,
 ) -> Iterator[LoadedTrajectory]:
-    """Yields the good trajectories of a source; bad ones go to `rejects`. Logs one summary line.
+    """Yields the good trajectories of a source; bad ones go to `rejects`.
 
     Args:
       source: see `tw_jax.data.records`.
@@ -85,11 +96,13 @@ def read_trajectories(
       tokenizer: the one the schema is bound to.
       rejects: collects the bad records; sources may share it.
       columns: names of the fields.
+      strict: blocks that parse but are not canonical (`Schema.validate`) are bad too.
 
     Raises:
-      UserError: the source cannot be read, or holds no good trajectory.
+      NoGoodTrajectory: the source holds none.
+      UserError: the source cannot be read.
     """
-    good, before = 0, rejects.counts.copy()
+    good, rejects = 0, rejects.part()
     ids: set[str | int] = set()
     for record in read_records(str(source), rejects):
         try:
@@ -99,6 +112,8 @@ def read_trajectories(
                     "duplicate_id", f"the id {item.id!r} names an earlier record too", columns.id
                 )
             trajectory = encode_trajectory(item, schema, tokenizer)
+            if strict:
+                require_strict(trajectory, schema, tokenizer)
         except RejectedRecord as rejected:
             rejects.add(source, record.line, rejected.kind, rejected.message, rejected.field)
         else:
@@ -106,15 +121,13 @@ def read_trajectories(
             if item.id is not None:
                 ids.add(item.id)
             yield LoadedTrajectory(item, record.line, trajectory)
-    bad = rejects.counts - before
-    summary = rejects.summary(bad)
-    if not good and bad:
+    if not good and rejects.total:
         problems = "; ".join(rejects.first_of(source))
-        raise UserError(f"{source} holds no good trajectory: {summary}. First: {problems}")
+        raise NoGoodTrajectory(
+            f"{source} holds no good trajectory: {rejects.summary()}. First: {problems}"
+        )
     if not good:
-        raise UserError(f"{source} holds no trajectory; expected one JSON object per line")
-    level = logging.WARNING if bad else logging.INFO
-    _logger.log(level, "%s: %d trajectories read, %s", source, good, summary)
+        raise NoGoodTrajectory(f"{source} holds no trajectory; expected one JSON object per line")
 
 
 def write_trajectories(path: str | pathlib.Path, items: Iterable[TrajectoryRecord]) -> int:
@@ -128,8 +141,10 @@ def write_trajectories(path: str | pathlib.Path, items: Iterable[TrajectoryRecor
       Number of lines.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written, or its name says that it is of another format.
     """
+    if str(path).lower().endswith(OTHER_FORMATS):
+        raise UserError(f"{path}: trajectories are written as JSON lines; name the file .jsonl")
     count = 0
     with whole_file(path) as out:
         for item in items:
@@ -166,10 +181,18 @@ def trajectory_record(record: Record, columns: ColumnsConfig) -> TrajectoryRecor
     return TrajectoryRecord(
         prompt=prompt,
         response=response,
-        answer=text_field(record, columns.answer, empty_ok=True),
+        answer=_answer(record, columns.answer),
         id=identity if isinstance(identity, int) else text_field(record, columns.id),
         chat=chat,
     )
+
+
+def _answer(record: Record, name: str) -> str | None:
+    """The reference answer; public sets hold numbers as such too."""
+    value = record.fields.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return text_field(record, name, empty_ok=True)
 
 
 def encode_trajectory(

@@ -1,10 +1,10 @@
-"""Text files that appear whole or not at all."""
+"""Text files that appear whole or not at all, and never in the place of what is read."""
 
 import contextlib
 import os
 import pathlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from tw_jax.errors import UserError
@@ -33,3 +33,19 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[TextIO]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+def require_other_files(sources: Sequence[str], **outputs: str | os.PathLike[str] | None) -> None:
+    """Checks that no output takes the place of something that is read.
+
+    Args:
+      sources: names of what is read.
+      outputs: setting -> file that will be written; None for none.
+
+    Raises:
+      UserError: one does; names the setting.
+    """
+    read = {os.path.realpath(source) for source in sources}
+    for name, path in outputs.items():
+        if path is not None and os.path.realpath(path) in read:
+            raise UserError(f"{name}={path} is what is read as well; choose another path")

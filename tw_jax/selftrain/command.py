@@ -19,7 +19,8 @@ from tw_jax import config as configs
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.statistics import CorpusStatistics, corpus_statistics, trajectory_statistics
 from tw_jax.data.trajectory_file import read_trajectories, write_trajectories
-from tw_jax.data.whole_file import whole_file
+from tw_jax.data.used_folder import require_same_work
+from tw_jax.data.whole_file import require_other_files, whole_file
 from tw_jax.errors import UserError
 from tw_jax.evals.answerer import Answerer, engine_answerer
 from tw_jax.evals.remote import remote_answerer
@@ -29,8 +30,8 @@ from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.rollout_file import generate_resumably
 from tw_jax.selftrain.candidate import judged, read_rollout
 from tw_jax.selftrain.config import SelfTrainConfig
-from tw_jax.selftrain.output import OutputPaths, output_paths
-from tw_jax.selftrain.printed import print_report
+from tw_jax.selftrain.output import OutputPaths, is_used, output_paths, remove_set
+from tw_jax.selftrain.printed import print_drops, print_report
 from tw_jax.selftrain.questions import Question, read_questions, rounds
 from tw_jax.selftrain.selection import balance
 from tw_jax.selftrain.spool import Spool
@@ -47,14 +48,15 @@ def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
     """Samples, grades, selects, and writes the next training set.
 
     Raises:
-      UserError: no such model, unusable problems, a folder that cannot be written, or a selection
-        that keeps nothing.
+      UserError: no such model, unusable problems, a folder that cannot be written or holds the set
+        of another model or other problems, or a selection that keeps nothing.
     """
     paths = output_paths(config.output)
+    _require_own_folder(config, paths)
     with whole_file(paths.config) as out:
         out.write(configs.to_yaml(config))
     answerer = _answerer(config)
-    rejects = Rejects(paths.rejects)
+    rejects = Rejects(paths.rejects, sources=config.problems)
     questions = read_questions(config, answerer, rejects)
     with Spool(config.output) as records, Spool(config.output) as drops:
         tally = Tally(records, drops)
@@ -71,6 +73,7 @@ def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
             out.writelines(json.dumps(drop) + "\n" for drop in drops)
         if kept:
             write_trajectories(paths.trajectories, map(tally.record, kept))
+    had_set = not kept and remove_set(paths)
     report = SelfTrainReport(
         source=answerer.source,
         schema=answerer.schema.name,
@@ -88,16 +91,38 @@ def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
     )
     with whole_file(paths.report) as out:
         out.write(json.dumps(report.to_json(), indent=2) + "\n")
-    print_report(rich.console.Console(), report)
     if not kept:
+        print_drops(rich.console.Console(), report)
+        fate = "was not written"
+        if had_set:
+            fate = f"of an earlier run was removed; {paths.rollouts} holds what it was made of"
         worst = max(report.rules, key=lambda rule: rule.dropped)
         raise UserError(
             f"nothing is kept of {report.samples} samples; the rule {worst.rule!r} dropped most "
             f"({worst.dropped}). {paths.dropped} says why, sample by sample; loosen selection.*, "
-            f"or sample more. {paths.trajectories} was not written"
+            f"or sample more. {paths.trajectories} {fate}"
         )
+    print_report(rich.console.Console(), report)
     print(paths.trajectories)
     return report
+
+
+def _require_own_folder(config: SelfTrainConfig, paths: OutputPaths) -> None:
+    """Checks that the run replaces neither its problems nor the set of another run.
+
+    What is selected, how answers are graded and how many there are may differ.
+
+    Raises:
+      UserError: it would.
+    """
+    for file in (paths.config, paths.trajectories, paths.dropped, paths.rejects, paths.report):
+        require_other_files(config.problems, output=file)
+    keys = ["problems", "server.url"]
+    if not config.problems:
+        keys.append("task")
+    if config.server is None:
+        keys.append("checkpoint")
+    require_same_work(paths.config, config, keys, is_used=is_used(paths))
 
 
 def _answerer(config: SelfTrainConfig) -> Answerer:

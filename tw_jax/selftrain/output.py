@@ -31,6 +31,28 @@ class OutputPaths:
         return self.rollouts / f"{number:05d}.jsonl"
 
 
+def is_used(paths: OutputPaths) -> bool:
+    """Whether an earlier run has left a set or rollouts."""
+    return paths.trajectories.exists() or (
+        paths.rollouts.is_dir() and any(paths.rollouts.iterdir())
+    )
+
+
+def remove_set(paths: OutputPaths) -> bool:
+    """Removes the set of an earlier run; returns whether there was one.
+
+    Raises:
+      UserError: it cannot be removed.
+    """
+    try:
+        paths.trajectories.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{paths.trajectories}: cannot be removed ({error.strerror})") from error
+    return True
+
+
 def output_paths(folder: pathlib.Path) -> OutputPaths:
     """The files in a folder, which is made.
 

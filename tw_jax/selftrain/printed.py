@@ -32,6 +32,15 @@ def print_report(console: rich.console.Console, report: SelfTrainReport) -> None
             console.print(f"{what}: {said}", markup=False, highlight=False)
 
 
+def print_drops(console: rich.console.Console, report: SelfTrainReport) -> None:
+    """Prints, of a run that keeps nothing, which rules dropped how many samples."""
+    drops = ", ".join(f"{rule.rule} {rule.dropped:,}" for rule in report.rules if rule.dropped)
+    console.print(f"dropped: {drops}", markup=False, highlight=False, soft_wrap=True)
+    if rejected := report.rejected_problems:
+        said = ", ".join(f"{kind} {count:,}" for kind, count in rejected.items())
+        console.print(f"rejected problems: {said}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _yields(report: SelfTrainReport) -> rich.table.Table:
     table = _table("rule", "in", "dropped", "kept", "break it")
     for rule in report.rules:

@@ -45,6 +45,9 @@ class SFTDataConfig:
       too_long: what happens to a trajectory of a file whose trie is longer than a row: `cut` behind
         the last whole block or line that fits, `split` into several behind the same prompt, or
         `skip`.
+      strict: reject trajectories of files that parse but are not canonical in white space or
+        numbering, or have empty plans or threads.
+      max_reject_share: training does not begin when more of the records of the files are bad.
       stores: stores that `tw-jax data pack` wrote, in place of files.
       parallel_share: share of generated problems that are shown in parallel style.
       row_len: tokens per packed row.
@@ -59,6 +62,8 @@ class SFTDataConfig:
     files: tuple[str, ...] = ()
     columns: ColumnsConfig = ColumnsConfig()
     too_long: TooLong = "skip"
+    strict: bool = True
+    max_reject_share: float = 0.5
     stores: StoresConfig | None = None
     parallel_share: float = 0.5
     row_len: int = 1024
@@ -71,7 +76,7 @@ class SFTDataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, row_len=1, rows=1, window=1, epochs=1, heldout_batches=0)
-        require_share(self, "parallel_share")
+        require_share(self, "parallel_share", "max_reject_share")
         if self.files and self.stores is not None:
             raise ValueError(
                 "files: a run reads files or stores, not both; pack the files into a store "
@@ -172,6 +177,8 @@ def _file_trajectories(
         pathlib.Path(config.run_dir) / rejects,
         too_long=data.too_long,
         columns=data.columns,
+        strict=data.strict,
+        max_reject_share=data.max_reject_share,
     )
 
 

@@ -37,7 +37,7 @@ def run_inspect(config: InspectConfig) -> None:
       UserError: the source cannot be read, or ends before the record.
     """
     console = rich.console.Console()
-    corpus = open_corpus(config)
+    corpus = open_corpus(config, rejects=None)
     left = config.count
     for record in read_records(corpus.sources[0], corpus.rejects):
         if record.line < config.line:

@@ -8,6 +8,7 @@ from typing import Any
 import rich.console
 import rich.table
 
+from tw_jax.config_checks import require_at_least
 from tw_jax.data.corpus import Corpus, CorpusConfig, open_corpus
 from tw_jax.data.progress import counted
 from tw_jax.data.statistics import (
@@ -17,7 +18,8 @@ from tw_jax.data.statistics import (
     distributions,
     trajectory_statistics,
 )
-from tw_jax.data.whole_file import whole_file
+from tw_jax.data.tokenizer import SHIPPED
+from tw_jax.data.whole_file import require_other_files, whole_file
 from tw_jax.evals.sample import printable, sample_from_trajectory
 from tw_jax.view import charts
 from tw_jax.view.histogram import Mark, histogram
@@ -53,11 +55,17 @@ class StatsConfig(CorpusConfig):
       output: JSON file for the figures; null writes none.
       page: HTML file with histograms, trajectories and what was rejected; null writes none.
       samples: trajectories on the page: those with the highest acceleration ratio first.
+      rejects: JSONL file for what cannot be used.
     """
 
     output: str | None = None
     page: str | None = None
     samples: int = 3
+    rejects: str = "rejects.jsonl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, samples=0)
 
 
 def run_stats(config: StatsConfig) -> dict[str, Any]:
@@ -71,7 +79,8 @@ def run_stats(config: StatsConfig) -> dict[str, Any]:
       UserError: a source cannot be read or holds no good trajectory; a file cannot be written.
     """
     console = rich.console.Console()
-    corpus = open_corpus(config)
+    require_other_files(config.inputs, output=config.output, page=config.page)
+    corpus = open_corpus(config, config.rejects)
     by_source: dict[str, list[TrajectoryStatistics]] = {}
     best: list[tuple[float, int, dict[str, Any]]] = []
     for source in corpus.sources:
@@ -189,7 +198,7 @@ def _page(
     return render_page(
         "data_stats.html.jinja",
         title=", ".join(config.inputs),
-        facts=[("schema", config.schema), ("tokenizer", config.tokenizer or "character")],
+        facts=[("schema", config.schema), ("tokenizer", config.tokenizer or SHIPPED)],
         columns=list(shown),
         rows=rows,
         histograms=histograms,

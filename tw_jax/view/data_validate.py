@@ -1,5 +1,6 @@
 """`tw-jax data validate`: every trajectory checked strictly; where each bad one breaks first."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,8 +10,7 @@ import rich.table
 from tw_jax.config_checks import require_at_least
 from tw_jax.data.corpus import CorpusConfig, open_corpus
 from tw_jax.data.progress import counted
-from tw_jax.data.records import RejectedRecord
-from tw_jax.data.trajectory_file import require_strict
+from tw_jax.data.trajectory_file import NoGoodTrajectory
 from tw_jax.evals.sample import printable
 
 INVALID_STATUS = 1
@@ -21,10 +21,12 @@ class ValidateConfig(CorpusConfig):
     """What to check.
 
     Attributes:
-      shown: bad records that are printed; all are in `rejects`.
+      shown: bad records that are printed.
+      rejects: JSONL file for all of them.
     """
 
     shown: int = 20
+    rejects: str = "rejects.jsonl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,32 +40,31 @@ def run_validate(config: ValidateConfig) -> int:
       The exit status: 0, or 1 where a record is bad.
 
     Raises:
-      UserError: a source cannot be read or holds no trajectory at all.
+      UserError: a source cannot be read.
     """
     console = rich.console.Console()
-    corpus = open_corpus(config)
+    corpus = open_corpus(config, config.rejects)
     good = 0
     for source in corpus.sources:
-        for item in counted(corpus.read(source), f"checking {source}"):
-            try:
-                require_strict(item.trajectory, corpus.schema, corpus.tokenizer)
+        with contextlib.suppress(NoGoodTrajectory):  # that is what is to be found out
+            for _ in counted(corpus.read(source, strict=True), f"checking {source}"):
                 good += 1
-            except RejectedRecord as rejected:
-                corpus.rejects.add(source, item.line, rejected.kind, rejected.message)
     total = good + corpus.rejects.total
-    console.print(f"{good:,} of {total:,} records are valid; {printable(corpus.rejects.summary())}")
+    console.print(f"{good:,} of {total:,} records are valid", end="")
     if not corpus.rejects.total:
-        return 0
+        console.print()
+        return 0 if total else INVALID_STATUS
+    console.print(f"; {printable(config.rejects)} lists the others")
     kinds = rich.table.Table("kind", rich.table.Column("records", justify="right"))
     for kind, count in corpus.rejects.counts.most_common():
         kinds.add_row(kind, f"{count:,}")
     console.print(kinds)
     if config.shown:
-        console.print(_shown(corpus.rejects.path, config.shown))
+        console.print(_shown(config.rejects, config.shown))
     return INVALID_STATUS
 
 
-def _shown(path, count: int) -> rich.table.Table:
+def _shown(path: str, count: int) -> rich.table.Table:
     """The first bad records, in the order in which they were found."""
     table = rich.table.Table("file", rich.table.Column("line", justify="right"), "kind", "what")
     with open(path, encoding="utf-8") as lines:

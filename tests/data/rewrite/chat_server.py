@@ -42,7 +42,7 @@ Answer = Callable[[Question], Reply]
 
 def question(body: dict, seen: int = 0) -> Question:
     content = body["messages"][-1]["content"]
-    attempt = re.search(r"# Attempt (\d+) of", content)
+    attempt = re.search(r"# Attempt (\d+)", content)
     return Question(
         stage=re.findall(r"^# Task: (\w+)$", content, re.MULTILINE)[-1],
         sections={name: text for name, _, text in _SECTION.findall(content)},

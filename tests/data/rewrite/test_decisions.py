@@ -56,7 +56,7 @@ def test_a_block_without_a_verdict_is_not_kept(tmp_path):
     one_trace(tmp_path, "sign-cases")
     with ChatServer(only("verify", lambda asked: said({"verdicts": []}))) as server:
         status, summary, rejects = run(tmp_path, server.url)
-    assert status == 0 and summary["written"] == 0
+    assert status == 1 and summary["written"] == 0
     assert rejects[0]["kind"] == "no_parallel_block"
     assert "1 not_independent" in rejects[0]["message"]
     assert {asked.stage for asked in server.questions} == {"steps", "groups", "verify"}
@@ -175,7 +175,7 @@ def test_nothing_is_written_that_does_not_pass_the_checks(tmp_path, monkeypatch,
     monkeypatch.setattr(trace_rewrite, "render", broken)
     with ChatServer() as server:
         status, summary, rejects = run(tmp_path, server.url)
-    assert status == 0 and summary["written"] == 0
+    assert status == 1 and summary["written"] == 0
     kind = "invalid_format" if "Outline" in old else "unconserved"
     assert [entry["kind"] for entry in rejects] == [kind]
     assert responses(tmp_path) == []

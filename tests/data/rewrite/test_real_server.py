@@ -70,7 +70,7 @@ def test_a_model_that_answers_nonsense_gets_every_trace_rejected_with_a_reason(t
     limits = dataclasses.replace(LIMITS, attempts=2)
     server = {"model": "random", "max_answer_tokens": 24, "call_timeout_s": 120.0}
     status, summary, rejects = run(tmp_path, url, server=server, limits=limits)
-    assert status == 0 and summary["written"] == 0
+    assert status == 1 and summary["written"] == 0
     assert [entry["kind"] for entry in rejects] == ["steps_failed"] * 3
     assert all("answers could not be used" in entry["message"] for entry in rejects)
     assert responses(tmp_path) == []

@@ -1,6 +1,7 @@
 """Money and time: budgets, the cache, resuming, dry runs, servers that fail, the request itself."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 from tests.data.rewrite.chat_server import ChatServer, Question, Reply, good
 from tests.data.rewrite.runs import (
+    LIMITS,
     all_records,
     config,
     read_jsonl,
@@ -100,8 +102,9 @@ def test_the_purse_waits_for_calls_in_flight_before_it_gives_up():
 
 
 def test_unusable_answers_are_paid_for_and_kept_too(tmp_path):
+    limits = dataclasses.replace(LIMITS, max_useless_traces=None)
     with ChatServer(lambda asked: Reply("no")) as server:
-        _, summary, _ = run(tmp_path, server.url)
+        _, summary, _ = run(tmp_path, server.url, limits=limits)
         assert summary["stages"][0]["cost"]["calls"] == 60  # 20 traces, 3 attempts
         run(tmp_path, server.url)
         assert len(server.questions) == 60
@@ -244,12 +247,31 @@ def test_a_server_that_fails_every_call_is_given_up_soon(tmp_path):
     assert len(server.questions) == 6
 
 
-def test_a_refused_key_stops_the_run(tmp_path, monkeypatch):
+def test_a_page_in_place_of_answers_asks_whether_the_url_is_right(tmp_path, capsys):
+    with ChatServer(lambda asked: Reply(raw="<html>hello</html>")) as server:
+        settings = {"concurrency": 1, "retry": RetryPolicy(1, 0.001, 0.001)}
+        with pytest.raises(UserError) as stopped:
+            run(tmp_path, server.url, server=settings)
+        assert f"Is server.url={server.url} right?" in str(stopped.value)
+        # Too few of them to stop the run: the advice names the URL too.
+        assert run_rewrite(config(tmp_path, server.url, server=settings, max_traces=2)) == 1
+    assert "2 call_failed (see whether server.url is right" in capsys.readouterr().out
+
+
+def test_a_server_that_refuses_everything_is_named(tmp_path):
+    with ChatServer(lambda asked: Reply(status=400, raw='{"error": "no such thing"}')) as server:
+        with pytest.raises(UserError) as stopped:
+            run(tmp_path, server.url, server={"concurrency": 1})
+    assert f"at last: {server.url}: status 400 (no such thing). Is" in str(stopped.value)
+
+
+def test_a_refused_key_stops_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SOME_KEY", "wrong")
     with ChatServer(lambda asked: Reply(status=401, raw='{"error": "bad key"}')) as server:
-        with pytest.raises(UserError, match="api_key_env"):
+        with pytest.raises(UserError, match=r"api_key_env\. Stopped with 20 traces"):
             run(tmp_path, server.url, server={"api_key_env": "SOME_KEY", "concurrency": 1})
     assert len(server.questions) == 1
+    assert "yield per stage" not in capsys.readouterr().out  # it would hold nothing but zeros
     monkeypatch.delenv("SOME_KEY")
     with pytest.raises(UserError, match="SOME_KEY is not set"):
         run(tmp_path, server.url, server={"api_key_env": "SOME_KEY"})

@@ -8,7 +8,15 @@ import pytest
 
 from tests.data.rewrite.chat_server import ChatServer, Question, Reply, good, good_answer
 from tests.data.rewrite.marked_traces import cases, record
-from tests.data.rewrite.runs import RETRY, all_records, read_jsonl, responses, run, write_jsonl
+from tests.data.rewrite.runs import (
+    LIMITS,
+    RETRY,
+    all_records,
+    read_jsonl,
+    responses,
+    run,
+    write_jsonl,
+)
 from tw_jax import cli
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.rewrite.conservation import restore
@@ -192,7 +200,7 @@ def test_refused_requests_reject_their_traces(tmp_path):
 
     with ChatServer(refuse_groups) as server:
         status, summary, rejects = run(tmp_path, server.url)
-    assert status == 0 and summary["written"] == 0
+    assert status == 1 and summary["written"] == 0
     assert [entry["kind"] for entry in rejects] == ["request_refused"] * 20
     assert "context too long" in rejects[0]["message"]
 
@@ -226,8 +234,9 @@ def test_bad_answers_change_no_byte(tmp_path, answer):
 )
 def test_nonsense_rejects_every_trace_with_a_reason(tmp_path, reply, kind):
     with ChatServer(lambda asked: reply) as server:
-        status, summary, rejects = run(tmp_path, server.url)
-    assert status == 0 and summary["written"] == 0
+        limits = dataclasses.replace(LIMITS, max_useless_traces=None)
+        status, summary, rejects = run(tmp_path, server.url, limits=limits)
+    assert status == 1 and summary["written"] == 0
     assert [entry["kind"] for entry in rejects] == [kind] * 20
     assert all(entry["message"] for entry in rejects)
     assert responses(tmp_path) == []

@@ -5,11 +5,12 @@ into the same folder has asked before.
 """
 
 import asyncio
+import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tw_jax.data.rewrite.answers import Answer, BadAnswer, read_answer, strict_json_schema
-from tw_jax.data.rewrite.config import ChatServerConfig
+from tw_jax.data.rewrite.config import ChatServerConfig, RewriteLimits
 from tw_jax.data.rewrite.ledger import Ledger, StoredAnswer, request_key
 from tw_jax.data.rewrite.prompts import Prompt, Stage
 from tw_jax.data.rewrite.spending import Purse
@@ -18,6 +19,8 @@ from tw_jax.rollout.client_dialect import AnswerError
 from tw_jax.rollout.client_http import CallError, RefusedError, Server, ServerDownError
 
 MAX_FAILURES_IN_A_ROW = 3
+# Stages that are asked about a whole trace; where one fails, its trace is rejected.
+TRACE_STAGES: tuple[Stage, ...] = ("steps", "groups", "verify")
 _TEMPLATE_TOKENS = 64  # what chat templates put around two messages, generously
 
 
@@ -53,7 +56,7 @@ class Asker:
         ledger: Ledger,
         purse: Purse,
         server: Server | None,
-        attempts: int,
+        limits: RewriteLimits,
     ) -> None:
         """Asks nothing yet.
 
@@ -63,15 +66,17 @@ class Asker:
           ledger: answers so far.
           purse: what may be spent.
           server: None answers from the ledger alone.
-          attempts: answers that are asked for until one can be used.
+          limits: how often an answer is asked for, and when it is given up altogether.
         """
         self.fatal: UserError | None = None
         self.structured = config.structured_output != "never"
-        self._config, self._prompts, self._attempts = config, prompts, attempts
+        self._config, self._prompts, self._limits = config, prompts, limits
         self._ledger, self._purse, self._server = ledger, purse, server
         self._locks: dict[str, asyncio.Lock] = {}
         self._failures_in_a_row = 0
         self._has_answered = ledger.total().calls > 0
+        self._useful: set[Stage] = set()
+        self._useless: collections.Counter[Stage] = collections.Counter()
 
     async def ask(
         self,
@@ -95,27 +100,46 @@ class Asker:
           CallError: the call failed again and again.
         """
         question = self._prompts[stage].fill(materials)
-        complaint = ""
-        for attempt in range(1, self._attempts + 1):
+        complaint, is_new, attempts = "", False, self._limits.attempts
+        for attempt in range(1, attempts + 1):
             again = ""
             if complaint:
+                # How many there may be is not said: with more of them, these must stay the same.
                 again = (
-                    f"\n\n# Attempt {attempt} of {self._attempts}\n\n"
-                    f"An earlier answer could not be used: {complaint}"
+                    f"\n\n# Attempt {attempt}\n\nAn earlier answer could not be used: {complaint}"
                 )
-            stored = await self._answer(stage, question + again, model)
+            stored, is_new = await self._answer(stage, question + again, model)
             try:
                 answer = self._read(stored, model)
                 if problem := check(answer):
                     raise BadAnswer(problem)
-                return answer
             except BadAnswer as bad:
                 complaint = str(bad)
+            else:
+                self._useful.add(stage)
+                return answer
+        if is_new:  # what an earlier run has paid for says nothing of the server as it is now
+            self._note_useless(stage, complaint)
         raise StageFailed(
             stage,
             f"{stage}_failed",
-            f"{stage}: {self._attempts} answers could not be used, at last: {complaint}",
+            f"{stage}: {attempts} answers could not be used, at last: {complaint}",
         )
+
+    def _note_useless(self, stage: Stage, complaint: str) -> None:
+        """Stops the run when a stage fails on one trace after another."""
+        most = self._limits.max_useless_traces
+        if stage not in TRACE_STAGES or most is None or stage in self._useful:
+            return
+        self._useless[stage] += 1
+        if self._useless[stage] >= most and self.fatal is None:
+            self.fatal = UserError(
+                f"{most} traces got no usable answer in the stage {stage}, and none got one; at "
+                f"last: {complaint}. Is server.model={self._config.model} the right model, "
+                "server.max_answer_tokens enough, and the server sound? "
+                f"limits.max_useless_traces={most} stops the run before it spends more; raise "
+                "limits.attempts to ask again for these traces"
+            )
 
     def _read(self, stored: StoredAnswer, model: type[Answer]) -> Answer:
         if stored.finish_reason == "length":
@@ -124,17 +148,21 @@ class Asker:
             )
         return read_answer(stored.text, model)
 
-    async def _answer(self, stage: Stage, question: str, model: type[Answer]) -> StoredAnswer:
+    async def _answer(
+        self, stage: Stage, question: str, model: type[Answer]
+    ) -> tuple[StoredAnswer, bool]:
+        """An answer, and whether it was not there before."""
         schema = strict_json_schema(model)
         body = self._body(question)
         key = request_key(body, schema)
         # Traces that are equal ask the same; one of them pays.
         async with self._locks.setdefault(key, asyncio.Lock()):
             stored = self._ledger.find(key)
-            if stored is None:
-                stored = await self._call(stage, body, schema)
-                self._ledger.store(key, stage, self._config.model, stored)
-        return stored
+            if stored is not None:
+                return stored, False
+            stored = await self._call(stage, body, schema)
+            self._ledger.store(key, stage, self._config.model, stored)
+            return stored, True
 
     def _body(self, question: str) -> dict[str, Any]:
         config = self._config
@@ -188,9 +216,12 @@ class Asker:
         """Stops the run after several failures in a row."""
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW and self.fatal is None:
-            reason = error.reason if isinstance(error, RefusedError) else str(error)
+            url, reason = self._config.url, str(error)
+            if isinstance(error, RefusedError):
+                reason = f"{url}: {error.reason}"
             self.fatal = ServerDownError(
-                f"{self._failures_in_a_row} calls failed one after another, at last: {reason}."
+                f"{self._failures_in_a_row} calls failed one after another, at last: {reason}. "
+                f"Is server.url={url} right? It mostly ends in /v1"
             )
 
     async def _post(

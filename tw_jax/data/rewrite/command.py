@@ -7,26 +7,31 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from tw_jax import config as configs
 from tw_jax.data.progress import counted
 from tw_jax.data.rejects import Rejects
-from tw_jax.data.rewrite.asker import Asker
+from tw_jax.data.rewrite.asker import TRACE_STAGES, Asker
 from tw_jax.data.rewrite.config import ChatServerConfig, RewriteConfig
 from tw_jax.data.rewrite.estimate import estimate_rest
 from tw_jax.data.rewrite.ledger import Ledger
-from tw_jax.data.rewrite.output import output_paths, write_results
+from tw_jax.data.rewrite.output import OutputPaths, output_paths, own_files, write_results
 from tw_jax.data.rewrite.progress import shown_progress
 from tw_jax.data.rewrite.prompts import Prompt, load_prompts
-from tw_jax.data.rewrite.report import estimate_table, yield_table, yields
+from tw_jax.data.rewrite.report import estimate_table, is_anything_done, yield_table, yields
 from tw_jax.data.rewrite.source import SourceTrace, read_traces
 from tw_jax.data.rewrite.spending import Purse
 from tw_jax.data.rewrite.trace_rewrite import Outcome, TraceRewriter
 from tw_jax.data.rewrite.validation import Validator, load_validator
+from tw_jax.data.used_folder import require_same_work
+from tw_jax.data.whole_file import require_other_files, whole_file
 from tw_jax.errors import UserError
 from tw_jax.rollout.client_http import Server
 
 __all__ = ["RewriteConfig", "run_rewrite"]
 
 UNFINISHED_STATUS = 1
+# Kinds of rejects of traces that were given up for want of an answer that can be used.
+_UNUSABLE = tuple(f"{stage}_failed" for stage in TRACE_STAGES)
 
 
 def run_rewrite(config: RewriteConfig) -> int:
@@ -34,18 +39,22 @@ def run_rewrite(config: RewriteConfig) -> int:
 
     Returns:
       The exit status: 0 if every trace is written or rejected (or in a dry run), 1 if some are
-      not finished.
+      not finished, or none is written.
 
     Raises:
-      UserError: the input, the server or the folder cannot be used. What was finished before a
-        server failed is written.
+      UserError: the input, the server or the folder cannot be used, or no answer can. What was
+        finished before is written.
     """
     api_key = None if config.dry_run else _api_key(config.server, os.environ)
     console = Console()
     paths = output_paths(config.output, config.dry_run)
+    _require_own_folder(config, paths)
     validator = load_validator(config.tokenizer)
     _make_folder(config)
-    rejects = Rejects(paths.rejects)
+    if not config.dry_run:
+        with whole_file(paths.config) as out:
+            out.write(configs.to_yaml(config))
+    rejects = Rejects(paths.rejects, sources=config.inputs)
     traces = _good_traces(config, validator, rejects)
     at_input = rejects.total
     prompts = load_prompts()
@@ -63,23 +72,43 @@ def run_rewrite(config: RewriteConfig) -> int:
             model=config.server.model,
             prompts=prompts,
         )
-    console.print(yield_table(len(traces), at_input, yields(outcomes, costs)))
+    rows = yields(outcomes, costs)
+    if config.dry_run or fatal is None or is_anything_done(rows):
+        console.print(yield_table(len(traces), at_input, rows))
     if config.dry_run:
+        _say(console, f"{len(traces)} traces to rewrite, {rejects.summary()}")
         rest = estimate_rest(outcomes, prompts, config.limits, costs)
         console.print(estimate_table(rest, config.server))
         return 0
     unfinished = collections.Counter(o.kind for o in outcomes if o.status == "unfinished")
     written = sum(outcome.status == "written" for outcome in outcomes)
-    _say(console, f"{paths.trajectories}: {written} trajectories written, {rejects.summary()}")
+    rejected = f"{rejects.summary()}{_how_to_ask_again(rejects.counts)}"
+    _say(console, f"{paths.trajectories}: {written} trajectories written, {rejected}")
     if fatal is not None:
         raise UserError(
-            f"{fatal} Stopped with {unfinished.total()} traces not finished; what was finished is "
-            "written, and the same command goes on from there"
+            f"{_sentence(str(fatal))} Stopped with {unfinished.total()} traces not finished; what "
+            "was finished is written, and the same command goes on from there"
         )
     if unfinished:
         _say(console, _how_to_go_on(unfinished))
-        return UNFINISHED_STATUS
-    return 0
+    elif not written:
+        _say(console, f"no trace could be rewritten; {paths.rejects} says why, trace by trace")
+    return UNFINISHED_STATUS if unfinished or not written else 0
+
+
+def _require_own_folder(config: RewriteConfig, paths: OutputPaths) -> None:
+    """Checks that the run replaces neither what it reads nor the results of another one.
+
+    Raises:
+      UserError: it would.
+    """
+    for file in own_files(config.output):
+        require_other_files(config.inputs, output=file)
+    is_used = paths.trajectories.exists() and paths.trajectories.stat().st_size > 0
+    if not is_used:
+        with Ledger(paths.answers, read_only=True) as ledger:
+            is_used = ledger.total().calls > 0
+    require_same_work(paths.config, config, ("inputs", "columns"), is_used=is_used)
 
 
 def _good_traces(
@@ -128,7 +157,7 @@ async def _rewrite_all(
             ledger,
             purse,
             None if config.dry_run else server,
-            config.limits.attempts,
+            config.limits,
         )
         rewriter = TraceRewriter(asker, config.limits, validator, config.keep_sequential)
         waiting = collections.deque(enumerate(traces))
@@ -172,7 +201,8 @@ def _make_folder(config: RewriteConfig) -> None:
 def _how_to_go_on(unfinished: collections.Counter[str]) -> str:
     remedies = {
         "budget": "raise budget.max_usd or budget.max_tokens",
-        "call_failed": "see whether the server is busy or down, or raise server.retry.retries",
+        "call_failed": "see whether server.url is right and the server busy or down, or raise "
+        "server.retry.retries",
         "not_asked": "see why the run stopped",
     }
     kinds = ", ".join(f"{count} {kind} ({remedies[kind]})" for kind, count in unfinished.items())
@@ -180,6 +210,18 @@ def _how_to_go_on(unfinished: collections.Counter[str]) -> str:
         f"{unfinished.total()} traces are not finished: {kinds}; run the same command again: what "
         "was paid for is kept and is not asked again"
     )
+
+
+def _how_to_ask_again(rejects: Mapping[str, int]) -> str:
+    """What can be done for traces without a usable answer; "" if there are none."""
+    count = sum(rejects.get(kind, 0) for kind in _UNUSABLE)
+    if not count:
+        return ""
+    return f"; {count} got no usable answer: raise limits.attempts to ask again for them"
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _say(console: Console, text: str) -> None:

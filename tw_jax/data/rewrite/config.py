@@ -93,7 +93,10 @@ class RewriteLimits:
       min_saved_chars: a block saves at least this: its threads' characters less the longest's.
       max_changed_share: largest share of a thread that replacements may touch.
       max_rounds: rounds of replacements in a thread; what refers to siblings still is given up.
-      attempts: answers that are asked for until one can be used.
+      attempts: answers that are asked for until one can be used; raised later, it asks again for
+        what no answer could be used for.
+      max_useless_traces: the run stops when a stage that sees whole traces (steps, groups, verify)
+        has failed on so many, and never succeeded; null goes on.
       max_outline_chars: longest plan.
       context_chars: most characters of the text before a block that its calls show.
       max_trace_chars: longer traces are rejected before anything is spent.
@@ -103,6 +106,7 @@ class RewriteLimits:
     max_changed_share: float = 0.2
     max_rounds: int = 2
     attempts: int = 3
+    max_useless_traces: int | None = 10
     max_outline_chars: int = 300
     context_chars: int = 8_000
     max_trace_chars: int = 200_000
@@ -113,6 +117,7 @@ class RewriteLimits:
             min_saved_chars=0,
             max_rounds=1,
             attempts=1,
+            max_useless_traces=1,
             max_outline_chars=1,
             context_chars=0,
             max_trace_chars=1,

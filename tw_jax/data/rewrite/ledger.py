@@ -158,5 +158,5 @@ class Ledger:
     def _unusable(self, error: Exception) -> UserError:
         return UserError(
             f"the answers in {self._path} cannot be read or written ({error}); is another run "
-            "using the folder, or the disk full? Otherwise choose another out"
+            "using the folder, or the disk full? Otherwise choose another output"
         )

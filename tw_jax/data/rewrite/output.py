@@ -21,6 +21,7 @@ class OutputPaths:
     """Where the files of a run lie.
 
     Attributes:
+      config: its settings.
       trajectories: the rewritten traces.
       provenance: how each good record of the input fared, and what was changed in it.
       rejects: what could not be rewritten, and why.
@@ -28,6 +29,7 @@ class OutputPaths:
       answers: every answer that was paid for.
     """
 
+    config: pathlib.Path
     trajectories: pathlib.Path
     provenance: pathlib.Path
     rejects: pathlib.Path
@@ -38,12 +40,19 @@ class OutputPaths:
 def output_paths(folder: pathlib.Path, dry_run: bool) -> OutputPaths:
     """The files in a folder; a dry run has its own list of rejects, and writes no other."""
     return OutputPaths(
+        config=folder / "config.yaml",
         trajectories=folder / "trajectories.jsonl",
         provenance=folder / "provenance.jsonl",
         rejects=folder / ("dry_run_rejects.jsonl" if dry_run else "rejects.jsonl"),
         summary=folder / "summary.json",
         answers=folder / "answers.sqlite",
     )
+
+
+def own_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Everything that runs write into a folder."""
+    both = (dataclasses.asdict(output_paths(folder, dry_run)) for dry_run in (False, True))
+    return list(dict.fromkeys(path for paths in both for path in paths.values()))
 
 
 def write_results(

@@ -44,6 +44,11 @@ def yields(outcomes: Sequence[Outcome], costs: Mapping[str, StageCost]) -> list[
     return rows
 
 
+def is_anything_done(rows: Iterable[StageYield]) -> bool:
+    """Whether a trace passed a stage, or a call was paid for."""
+    return any(row.traces or row.cost.calls for row in rows)
+
+
 def drop_kinds(outcomes: Iterable[Outcome]) -> dict[str, int]:
     """How many groups and blocks stay sequential, by kind."""
     kinds = collections.Counter(
