@@ -213,10 +213,10 @@ def test_damage_is_noticed_when_a_row_is_read(folder, tmp_path):
     [
         ({"paths": ()}, "paths"),
         ({"weights": (1.0,)}, "one per path"),
-        ({"weights": (0.0, 0.0)}, "not all of them"),
-        ({"weights": (-1.0, 2.0)}, "at least 0"),
-        ({"final_weights": (1.0, 1.0)}, "together with final_weights"),
-        ({"ramp_rows": 5}, "together with final_weights"),
+        ({"weights": (0.0, 0.0)}, "one must be positive"),
+        ({"weights": (-1.0, 2.0)}, "none may be negative"),
+        ({"final_weights": (1.0, 1.0)}, "over how many rows"),
+        ({"ramp_rows": 5}, "set final_weights too"),
     ],
 )
 def test_settings_of_a_mixture_are_checked(changes, message):
