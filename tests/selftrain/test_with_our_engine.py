@@ -138,12 +138,12 @@ def test_rollouts_that_were_lost_are_sampled_again_the_same(checkpoint, tmp_path
     run_selftrain(config)
     again = dataclasses.replace(config, output=tmp_path / "again")
     first = (config.output / "rollouts" / "00000.jsonl").read_bytes()
-    part = again.out / "rollouts" / "00000.jsonl"
+    part = again.output / "rollouts" / "00000.jsonl"
     part.parent.mkdir(parents=True)
     part.write_bytes(first[: len(first) // 2])
     run_selftrain(again)
     for name in ("trajectories.jsonl", "dropped.jsonl", "report.json"):
-        assert (again.out / name).read_bytes() == (config.output / name).read_bytes(), name
+        assert (again.output / name).read_bytes() == (config.output / name).read_bytes(), name
 
 
 def test_the_set_trains_the_next_model(in_process, checkpoint, tmp_path):
