@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import pathlib
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -241,7 +242,7 @@ def _insert(
         except config_fields.Mismatch:
             found = f"{value!r:.60}" if value is not None else "null"
             hint = ""
-            if field.type_name.startswith("list of") and isinstance(value, str | int | float):
+            if typing.get_origin(field.hint) is tuple and isinstance(value, str | int | float):
                 hint = f"; write [{value}]"
             raise ConfigError(
                 f"{place}: '{key}' must be {field.type_name}, not {found}{hint}"

@@ -144,6 +144,16 @@ def test_a_call_that_always_fails_fails_its_rollout_alone(concurrency):
     assert set(finished) == {1, 2}
 
 
+def test_a_server_that_refuses_requests_is_asked_all_of_them():
+    """It is there; only what it refuses is bad, also where nothing else is left to ask."""
+    with CompletionsServer(as_vllm) as server:
+        server.always = Fault(status=400)
+        with pytest.raises(UserError, match="5 of 5 rollouts failed") as stopped:
+            client_of(server, concurrency=1).generate([request(i) for i in range(5)])
+        assert not isinstance(stopped.value, ServerDownError)
+        assert len(server.bodies) == 5
+
+
 def test_a_server_that_fails_everything_is_given_up():
     with CompletionsServer(as_vllm) as server:
         server.always = Fault(status=500)

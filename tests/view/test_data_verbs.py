@@ -68,6 +68,7 @@ def test_validate_says_where_and_fails(
         (12, "unexpected_tag"),
         (13, "empty_field"),
     ]
+    assert [entry["field"] for entry in entries] == ["response", "response", "prompt"]
     assert entries[0]["message"].startswith("white space differs")
     assert re.search(r"at token \d+ of the response, near '", entries[0]["message"])
     assert cli.main(["data", "validate", "inputs=[parallel.jsonl]", "shown=0"]) == 1

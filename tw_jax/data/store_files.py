@@ -21,7 +21,7 @@ HIDDEN_ARRAYS = ("hidden_start", "hidden_end")
 _BYTES_OF_TYPE = {"int32": 4, "int8": 1}
 
 # What TensorStore raises for anything it cannot do, such as a checksum that is wrong.
-StoreError = (ValueError, OSError, RuntimeError, NotImplementedError)
+StoreError = (ValueError, OSError, RuntimeError)
 
 
 def array_types(hidden_depth: int) -> dict[str, str]:

@@ -224,7 +224,8 @@ def encode_trajectory(
     parsed = schema.parse(tokens, len(prompt))
     if isinstance(parsed, Trajectory):
         return parsed
-    raise RejectedRecord(parsed[0].kind, _describe_errors(parsed, tokens, len(prompt), tokenizer))
+    message = _describe_errors(parsed, tokens, len(prompt), tokenizer)
+    raise RejectedRecord(parsed[0].kind, message, "response")
 
 
 def require_strict(trajectory: Trajectory, schema: Schema, tokenizer: "Tokenizer") -> None:
@@ -236,7 +237,7 @@ def require_strict(trajectory: Trajectory, schema: Schema, tokenizer: "Tokenizer
     if errors := schema.validate(trajectory):
         tokens, prompt_len = trajectory.tokens, trajectory.prompt_len
         message = _describe_errors(errors, tokens, prompt_len, tokenizer)
-        raise RejectedRecord(errors[0].kind, message)
+        raise RejectedRecord(errors[0].kind, message, "response")
 
 
 def _describe_errors(

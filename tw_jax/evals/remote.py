@@ -10,6 +10,7 @@ from tw_jax.data.tokenizer import open_tokenizer, tokenizer_in
 from tw_jax.errors import UserError
 from tw_jax.evals.answerer import Answerer, OnFinish
 from tw_jax.rollout.client import ClientConfig, RolloutClient
+from tw_jax.rollout.client_http import key_in
 from tw_jax.rollout.request import Request
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.trajectory.schema import Schema
@@ -66,13 +67,7 @@ def remote_answerer(
     else:
         loaded = tokenizer_in(folder)
         schema = make_schema(schema_name, loaded)
-    api_key = None
-    if config.api_key_env is not None:
-        api_key = environment.get(config.api_key_env)
-        if not api_key:
-            raise UserError(
-                f"server.api_key_env: the environment variable {config.api_key_env} is not set"
-            )
+    api_key = key_in(environment, config.api_key_env)
     codec = TokenizerCodec(loaded, schema.eos_id)
     # Sequential text has no joins, so the client need not know how the schema joins.
     asked = _joining_by_text(schema) if sequential_only else schema

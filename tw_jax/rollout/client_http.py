@@ -78,6 +78,19 @@ class RetryPolicy:
         return max(retry_after_s, rng.uniform(0.0, bound))
 
 
+def key_in(environment: Mapping[str, str], api_key_env: str | None) -> str | None:
+    """The server's key, out of the environment variable that `server.api_key_env` names, if any.
+
+    Raises:
+      UserError: the variable is not set.
+    """
+    if api_key_env is None:
+        return None
+    if not (key := environment.get(api_key_env)):
+        raise UserError(f"server.api_key_env: the environment variable {api_key_env} is not set")
+    return key
+
+
 class Server:
     """A completions server; use it as `async with`.
 

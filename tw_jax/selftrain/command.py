@@ -41,8 +41,6 @@ from tw_jax.tasks.registry import make_task
 from tw_jax.train.progress import TrainingProgress, training_progress
 from tw_jax.train.run_dir import load_run
 
-__all__ = ["SelfTrainConfig", "run_selftrain"]
-
 
 def run_selftrain(config: SelfTrainConfig) -> SelfTrainReport:
     """Samples, grades, selects, and writes the next training set.
@@ -258,15 +256,11 @@ def _written_statistics(answerer: Answerer, paths: OutputPaths) -> CorpusStatist
     Raises:
       RuntimeError: a line cannot be read back or is not strictly well-formed: a bug of ours.
     """
-    rejects = Rejects(paths.trajectories.with_name("unreadable.jsonl"))
+    tokenizer, schema, rejects = answerer.tokenizer, answerer.schema, Rejects(None)
+    items = read_trajectories(paths.trajectories, schema, tokenizer, rejects, strict=True)
     statistics = corpus_statistics(
-        [
-            trajectory_statistics(loaded.trajectory, answerer.schema)
-            for loaded in read_trajectories(
-                paths.trajectories, answerer.schema, answerer.tokenizer, rejects
-            )
-        ]
+        [trajectory_statistics(item.trajectory, schema) for item in items]
     )
-    if rejects.total or statistics.format_valid_rate != 1:
+    if rejects.total:
         raise RuntimeError(f"{paths.trajectories} does not read back: {rejects.summary()}")
     return statistics

@@ -11,7 +11,7 @@ from tw_jax import config as configs
 from tw_jax.data.progress import counted
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.rewrite.asker import TRACE_STAGES, Asker
-from tw_jax.data.rewrite.config import ChatServerConfig, RewriteConfig
+from tw_jax.data.rewrite.config import RewriteConfig
 from tw_jax.data.rewrite.estimate import estimate_rest
 from tw_jax.data.rewrite.ledger import Ledger
 from tw_jax.data.rewrite.output import OutputPaths, output_paths, own_files, write_results
@@ -25,9 +25,7 @@ from tw_jax.data.rewrite.validation import Validator, load_validator
 from tw_jax.data.used_folder import require_same_work
 from tw_jax.data.whole_file import require_other_files, whole_file
 from tw_jax.errors import UserError
-from tw_jax.rollout.client_http import Server
-
-__all__ = ["RewriteConfig", "run_rewrite"]
+from tw_jax.rollout.client_http import Server, key_in
 
 UNFINISHED_STATUS = 1
 # Kinds of rejects of traces that were given up for want of an answer that can be used.
@@ -45,7 +43,7 @@ def run_rewrite(config: RewriteConfig) -> int:
       UserError: the input, the server or the folder cannot be used, or no answer can. What was
         finished before is written.
     """
-    api_key = None if config.dry_run else _api_key(config.server, os.environ)
+    api_key = None if config.dry_run else key_in(os.environ, config.server.api_key_env)
     console = Console()
     paths = output_paths(config.output, config.dry_run)
     _require_own_folder(config, paths)
@@ -176,17 +174,6 @@ async def _rewrite_all(
             # As many traces as calls: most of the time each waits for one.
             await asyncio.gather(*(work() for _ in range(min(settings.concurrency, len(traces)))))
     return [outcomes[index] for index in range(len(traces))], asker.fatal
-
-
-def _api_key(server: ChatServerConfig, environment: Mapping[str, str]) -> str | None:
-    if server.api_key_env is None:
-        return None
-    key = environment.get(server.api_key_env)
-    if not key:
-        raise UserError(
-            f"server.api_key_env: the environment variable {server.api_key_env} is not set"
-        )
-    return key
 
 
 def _make_folder(config: RewriteConfig) -> None:
