@@ -8,7 +8,6 @@
    window and ends with the same bytes (`store_writer`).
 """
 
-import collections
 import dataclasses
 import hashlib
 import pathlib
@@ -34,11 +33,11 @@ from tw_jax.data.pack_counts import (
     OVER_LONG_COUNTS,
     count_fitted,
     count_piece,
-    statistics_of,
+    piece_statistics,
     summary,
 )
 from tw_jax.data.packing import rows_to_write
-from tw_jax.data.progress import counted
+from tw_jax.data.progress import shown_progress
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.store_manifest import FORMAT_VERSION, Manifest, tokenizer_sha256
 from tw_jax.data.store_writer import PackState, Pending, StoreWriter, only_packer
@@ -50,7 +49,6 @@ from tw_jax.trajectory.vocabulary import ids_needed
 
 _CHECK_RECORDS = 1000  # after so many records, their share of bad ones is telling
 _READ_BYTES = 1 << 22
-_LINE_EVERY_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,16 +177,18 @@ class _Packing:
         )
         lines = [item["lines"] for item in inputs]
         left = None if None in lines else max(sum(lines) - self._counts["records"], 0)
-        report = _Report(self._counts)
         taken = 0
-        for outcome in counted(outcomes, "pack", left):
-            taken += self._take(outcome)
-            if self._counts["records"] == _CHECK_RECORDS:
-                self._check_share()
-            if taken == config.window:
-                self._commit(last=False)
-                report.show(self._counts, self._state.rows)
-                taken = 0
+        with shown_progress("packing", left, unit="records") as progress:
+            for done, outcome in enumerate(outcomes, start=1):
+                taken += self._take(outcome)
+                if self._counts["records"] == _CHECK_RECORDS:
+                    self._check_share()
+                if taken == config.window:
+                    self._commit(last=False)
+                    taken = 0
+                result = outcome.result
+                tokens = len(result.tokens) if isinstance(result, Trajectory) else 0
+                progress.update(done, tokens=tokens, metrics={"rows": self._state.rows})
         self._check_share()
         for index, source in enumerate(config.inputs):
             if not self._counts[_good_of(index)]:
@@ -278,28 +278,8 @@ class _Packing:
             counts={name: counts[name] for name in kept},
             rejects=dict(self._rejects.counts),
             efficiency=counts["trie_tokens"] / (state.rows * config.row_len),
-            statistics=statistics_of(counts),
+            statistics=piece_statistics(counts).to_json(),
             sha256=state.sha256 | self._writer.metadata_sha256(),
-        )
-
-
-class _Report:
-    """A line now and then, for log files; a terminal has its bar."""
-
-    def __init__(self, counts: collections.Counter[str]) -> None:
-        self._begin, self._next_s = time.monotonic(), time.monotonic() + _LINE_EVERY_S
-        self._tokens_before = counts["total_tokens"]
-
-    def show(self, counts: collections.Counter[str], rows: int) -> None:
-        now = time.monotonic()
-        if now < self._next_s:
-            return
-        self._next_s = now + _LINE_EVERY_S
-        rate = (counts["total_tokens"] - self._tokens_before) / (now - self._begin)
-        print(
-            f"pack: {counts['trajectories']:,} trajectories, {counts['total_tokens']:,} tokens, "
-            f"{rows:,} rows written, {rate:,.0f} tokens/s",
-            flush=True,
         )
 
 

@@ -3,12 +3,17 @@
 import collections
 
 from tw_jax.data.over_long import Fitted, TooLong
-from tw_jax.data.statistics import trajectory_statistics
+from tw_jax.data.statistics import (
+    CorpusStatistics,
+    add_counts,
+    statistics_of_sums,
+    trajectory_statistics,
+)
 from tw_jax.data.store_manifest import Manifest
-from tw_jax.trajectory.metrics import acceleration_ratio, self_parallelism
 from tw_jax.trajectory.schema import Schema
 from tw_jax.trajectory.trajectory import Trajectory
 
+_SUM = "sum of "  # sums of statistics stand among the counts, which a journal keeps
 OVER_LONG_COUNTS = ("cut", "split", "skipped", "dropped_blocks", "dropped_tokens")
 
 
@@ -25,39 +30,16 @@ def count_fitted(
 
 
 def count_piece(counts: collections.Counter[str], trajectory: Trajectory, schema: Schema) -> None:
-    """Adds what a row will hold to the sums that `statistics_of` divides."""
-    item = trajectory_statistics(trajectory, schema)
-    counts["pieces_taken"] += 1
-    counts["parallel_pieces"] += bool(item.block_tokens)
-    counts["prompt_tokens"] += item.prompt_tokens
-    counts["total_tokens"] += item.total_tokens
-    counts["critical_path"] += item.critical_path
-    counts["blocks"] += len(item.block_tokens)
-    counts["block_tokens"] += sum(item.block_tokens)
-    counts["threads"] += sum(map(len, item.thread_tokens))
-    counts["thread_tokens"] += sum(map(sum, item.thread_tokens))
+    """Adds what a row will hold to the sums that `piece_statistics` divides."""
+    sums: collections.Counter[str] = collections.Counter()
+    add_counts(sums, trajectory_statistics(trajectory, schema))
+    counts.update({f"{_SUM}{name}": value for name, value in sums.items()})
 
 
-def statistics_of(counts: collections.Counter[str]) -> dict[str, float]:
-    """Means (see `CorpusStatistics`) of what rows hold, cut or split where it was too long."""
-
-    def mean(total: str, of: str) -> float:
-        return counts[total] / counts[of] if counts[of] else 0.0
-
-    total, critical = counts["total_tokens"], counts["critical_path"]
-    return {
-        "activation_ratio": mean("parallel_pieces", "pieces_taken"),
-        "parallel_ratio": mean("block_tokens", "total_tokens"),
-        "prompt_tokens": mean("prompt_tokens", "pieces_taken"),
-        "total_tokens": mean("total_tokens", "pieces_taken"),
-        "critical_path": mean("critical_path", "pieces_taken"),
-        "self_parallelism": self_parallelism(total, critical),
-        "acceleration_ratio": acceleration_ratio(total, critical),
-        "blocks_per_trajectory": mean("blocks", "pieces_taken"),
-        "threads_per_block": mean("threads", "blocks"),
-        "tokens_per_block": mean("block_tokens", "blocks"),
-        "tokens_per_thread": mean("thread_tokens", "threads"),
-    }
+def piece_statistics(counts: collections.Counter[str]) -> CorpusStatistics:
+    """Statistics of what rows hold, cut or split where it was too long."""
+    names = (name for name in counts if name.startswith(_SUM))
+    return statistics_of_sums({name.removeprefix(_SUM): counts[name] for name in names})
 
 
 def summary(manifest: Manifest) -> str:

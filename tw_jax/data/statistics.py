@@ -5,11 +5,10 @@ over trajectories, blocks or threads, as its name says; ratios of the corpus are
 that long trajectories count for what they are, as in the paper's table.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from tw_jax.trajectory.metrics import acceleration_ratio, self_parallelism, total_tokens
 from tw_jax.trajectory.schema import Schema
@@ -91,28 +90,50 @@ class CorpusStatistics:
         return dataclasses.asdict(self)
 
 
-def corpus_statistics(items: Sequence[TrajectoryStatistics]) -> CorpusStatistics:
-    """Sums up trajectories."""
-    total = sum(item.total_tokens for item in items)
-    critical = sum(item.critical_path for item in items)
-    blocks = [tokens for item in items for tokens in item.block_tokens]
-    threads = [len(block) for item in items for block in item.thread_tokens]
-    thread_tokens = [n for item in items for block in item.thread_tokens for n in block]
+def add_counts(sums: collections.Counter[str], item: TrajectoryStatistics) -> None:
+    """Adds one trajectory to sums that `statistics_of_sums` divides."""
+    sums["trajectories"] += 1
+    sums["with_block"] += bool(item.block_tokens)
+    sums["format_valid"] += item.format_valid
+    sums["prompt_tokens"] += item.prompt_tokens
+    sums["total_tokens"] += item.total_tokens
+    sums["critical_path"] += item.critical_path
+    sums["blocks"] += len(item.block_tokens)
+    sums["block_tokens"] += sum(item.block_tokens)
+    sums["threads"] += sum(map(len, item.thread_tokens))
+    sums["thread_tokens"] += sum(map(sum, item.thread_tokens))
+
+
+def statistics_of_sums(sums: Mapping[str, int]) -> CorpusStatistics:
+    """Divides what `add_counts` has summed up."""
+
+    def mean(total: str, of: str) -> float:
+        return sums[total] / sums[of] if sums.get(of) else 0.0
+
+    total, critical = sums.get("total_tokens", 0), sums.get("critical_path", 0)
     return CorpusStatistics(
-        trajectories=len(items),
-        activation_ratio=_mean([bool(item.block_tokens) for item in items]),
-        format_valid_rate=_mean([item.format_valid for item in items]),
-        parallel_ratio=sum(blocks) / total if total else 0.0,
-        prompt_tokens=_mean([item.prompt_tokens for item in items]),
-        total_tokens=_mean([item.total_tokens for item in items]),
-        critical_path=_mean([item.critical_path for item in items]),
+        trajectories=sums.get("trajectories", 0),
+        activation_ratio=mean("with_block", "trajectories"),
+        format_valid_rate=mean("format_valid", "trajectories"),
+        parallel_ratio=mean("block_tokens", "total_tokens"),
+        prompt_tokens=mean("prompt_tokens", "trajectories"),
+        total_tokens=mean("total_tokens", "trajectories"),
+        critical_path=mean("critical_path", "trajectories"),
         self_parallelism=self_parallelism(total, critical),
         acceleration_ratio=acceleration_ratio(total, critical),
-        blocks_per_trajectory=_mean([len(item.block_tokens) for item in items]),
-        threads_per_block=_mean(threads),
-        tokens_per_block=_mean(blocks),
-        tokens_per_thread=_mean(thread_tokens),
+        blocks_per_trajectory=mean("blocks", "trajectories"),
+        threads_per_block=mean("threads", "blocks"),
+        tokens_per_block=mean("block_tokens", "blocks"),
+        tokens_per_thread=mean("thread_tokens", "threads"),
     )
+
+
+def corpus_statistics(items: Iterable[TrajectoryStatistics]) -> CorpusStatistics:
+    """Statistics of trajectories."""
+    sums: collections.Counter[str] = collections.Counter()
+    for item in items:
+        add_counts(sums, item)
+    return statistics_of_sums(sums)
 
 
 def distributions(items: Sequence[TrajectoryStatistics]) -> dict[str, list[float]]:
@@ -128,8 +149,3 @@ def distributions(items: Sequence[TrajectoryStatistics]) -> dict[str, list[float
         "threads per block": [len(block) for item in items for block in item.thread_tokens],
         "tokens per thread": [n for item in items for block in item.thread_tokens for n in block],
     }
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return float(np.mean(values)) if values else 0.0

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import rich.console
 
 from tw_jax import config as configs
+from tw_jax.data.progress import ShownProgress, shown_progress
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.statistics import CorpusStatistics, corpus_statistics, trajectory_statistics
 from tw_jax.data.trajectory_file import read_trajectories, write_trajectories
@@ -38,7 +39,6 @@ from tw_jax.selftrain.spool import Spool
 from tw_jax.selftrain.tally import Tally
 from tw_jax.selftrain.yields import SelfTrainReport, pass_rate_histogram, rule_yields
 from tw_jax.tasks.registry import make_task
-from tw_jax.train.progress import TrainingProgress, training_progress
 from tw_jax.train.run_dir import load_run
 
 
@@ -148,7 +148,7 @@ def _work_through(
 ) -> None:
     """Samples, grades and tallies all questions, a round at a time."""
     total = len(questions) * config.samples_per_problem
-    with training_progress("sampling", total) as progress:
+    with shown_progress("sampling", total) as progress:
         for number, part in enumerate(rounds(questions, config.problems_per_round)):
             done = tally.samples + tally.failed
             sampled = _sample(
@@ -179,7 +179,7 @@ def _sample(
     questions: Sequence[Question],
     file: pathlib.Path,
     done: int,
-    progress: TrainingProgress,
+    progress: ShownProgress,
 ) -> _Sampled:
     """Samples one round, question by question; `done` samples came before."""
     requests = [

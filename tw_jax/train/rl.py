@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tw_jax.data.progress import shown_progress
 from tw_jax.errors import UserError
 from tw_jax.parallel.attention import check_backend
 from tw_jax.parallel.mesh import make_layout
@@ -25,7 +26,6 @@ from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.objective import group_advantages
 from tw_jax.train.optimizer import make_optimizer
 from tw_jax.train.placement import place_run, placed_state
-from tw_jax.train.progress import training_progress
 from tw_jax.train.rl_batches import make_scorer, micro_batches
 from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.rl_metrics import merge_sums, reward_term_means, step_metrics
@@ -114,7 +114,7 @@ def run_rl(config: RLConfig) -> RLResult:
         step = start = int(state.step) // config.updates_per_step
         with (
             make_tracker(config.tracker, run_dir, resume_step=start) as tracker,
-            training_progress("P-GRPO", config.steps, start) as progress,
+            shown_progress("P-GRPO", config.steps, start) as progress,
         ):
             saved = start
             while step < config.steps and not interrupt.requested_anywhere():

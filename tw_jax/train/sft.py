@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from tw_jax.config_checks import require_at_least, require_seed
 from tw_jax.data.packed_batch import PackedBatch
+from tw_jax.data.progress import shown_progress
 from tw_jax.errors import UserError
 from tw_jax.models.lora import AdapterConfig
 from tw_jax.parallel.attention import check_backend
@@ -31,7 +32,6 @@ from tw_jax.train.checkpoint import Checkpointer
 from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from tw_jax.train.placement import place_run, placed_state
-from tw_jax.train.progress import training_progress
 from tw_jax.train.run_dir import (
     LoadedModel,
     ModelConfig,
@@ -189,7 +189,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
 
         with (
             make_tracker(config.tracker, run_dir, resume_step=step) as tracker,
-            training_progress("SFT", config.steps, step) as progress,
+            shown_progress("SFT", config.steps, step) as progress,
         ):
             saved, tokens_since_log = step, 0
             while step < config.steps and not interrupt.requested_anywhere():

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from tw_jax import config as configs
-from tw_jax.data.progress import counted
+from tw_jax.data.progress import counted, shown_progress
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.rewrite.asker import TRACE_STAGES, Asker
 from tw_jax.data.rewrite.config import RewriteConfig
 from tw_jax.data.rewrite.estimate import estimate_rest
 from tw_jax.data.rewrite.ledger import Ledger
 from tw_jax.data.rewrite.output import OutputPaths, output_paths, own_files, write_results
-from tw_jax.data.rewrite.progress import shown_progress
 from tw_jax.data.rewrite.prompts import Prompt, load_prompts
 from tw_jax.data.rewrite.report import estimate_table, is_anything_done, yield_table, yields
 from tw_jax.data.rewrite.source import SourceTrace, read_traces
@@ -160,16 +159,14 @@ async def _rewrite_all(
         rewriter = TraceRewriter(asker, config.limits, validator, config.keep_sequential)
         waiting = collections.deque(enumerate(traces))
 
-        def status() -> str:
-            return f"{purse.tokens:,} tokens, {purse.usd:.4f} USD"
-
-        with shown_progress(len(traces), status, console) as advance:
+        with shown_progress("rewriting", len(traces), unit="traces", console=console) as progress:
 
             async def work() -> None:
                 while waiting:
                     index, trace = waiting.popleft()
                     outcomes[index] = await rewriter.rewrite(trace)
-                    advance()
+                    spent = {"tokens": purse.tokens, "USD": purse.usd}
+                    progress.update(len(outcomes), metrics=spent)
 
             # As many traces as calls: most of the time each waits for one.
             await asyncio.gather(*(work() for _ in range(min(settings.concurrency, len(traces)))))

@@ -3,10 +3,11 @@
 import io
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
-from tw_jax.train.progress import RateMeter, duration, training_progress
+from tw_jax.data.progress import RateMeter, counted, duration, shown_progress
 
 
 class Clock:
@@ -22,7 +23,7 @@ class Clock:
 def run(console, step_seconds, steps, *, start=0, total=None):
     clock = Clock()
     total = start + steps if total is None else total
-    with training_progress("SFT", total, start, console=console, clock=clock) as progress:
+    with shown_progress("SFT", total, start, console=console, clock=clock) as progress:
         for step in range(start + 1, start + steps + 1):
             clock.now += step_seconds
             progress.update(step, tokens=100, metrics={"loss": 1 / step})
@@ -96,7 +97,7 @@ def test_the_last_line_comes_even_when_the_loop_fails():
     clock = Clock()
     with (
         pytest.raises(KeyboardInterrupt),
-        training_progress("RL", 5, console=console, clock=clock) as progress,
+        shown_progress("RL", 5, console=console, clock=clock) as progress,
     ):
         progress.update(1)
         clock.now += 10
@@ -116,7 +117,7 @@ def test_a_terminal_gets_a_bar():
 
 def test_names_are_not_read_as_markup():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with training_progress("[red]", 2, console=console, clock=Clock()) as progress:
+    with shown_progress("[red]", 2, console=console, clock=Clock()) as progress:
         progress.update(1, metrics={"[bold]": 1.0})
     assert "[red]" in console.file.getvalue() and "[bold] 1" in console.file.getvalue()
 
@@ -135,3 +136,32 @@ def test_other_processes_are_silent_but_measure(monkeypatch):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_steps_have_a_rate_and_their_number_may_be_unknown():
+    clock, out = Clock(), io.StringIO()
+    console = Console(file=out, width=200)
+    with shown_progress("reading", None, unit="records", console=console, clock=clock) as progress:
+        for step in (10, 30, 50):
+            clock.now += 40
+            progress.update(step, metrics={"USD": 0.125})
+    assert out.getvalue().splitlines()[1:] == [
+        "reading 30: USD 0.125, 0.5 records/s",
+        "reading 50: USD 0.125, 0.5 records/s",
+    ]
+
+
+def test_a_million_short_steps_keep_few_marks():
+    clock = iter(np.arange(0, 40, 4e-4))
+    meter = RateMeter(100_000, 0, lambda: next(clock))
+    for step in range(1, 100_000):
+        meter.count(step, 2)
+    rates = meter.rates()
+    assert len(meter._marks) < 500
+    assert rates.steps_per_s == pytest.approx(2500, rel=0.01)
+    assert rates.tokens_per_s == pytest.approx(5000, rel=0.01)
+    assert rates.remaining_s == pytest.approx(1 / 2500, rel=0.01)
+
+
+def test_counted_yields_everything_in_order():
+    assert list(counted(iter("abc"), "reading")) == ["a", "b", "c"]
