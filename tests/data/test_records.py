@@ -14,7 +14,11 @@ from array_record.python import array_record_module
 from tw_jax.data.records import (
     Record,
     RejectedRecord,
+    UniqueIds,
+    answer_field,
+    id_field,
     read_records,
+    required_answer,
     required_text,
     text_field,
 )
@@ -125,6 +129,32 @@ def test_text_fields() -> None:
             required_text(record, name)
         assert (caught.value.kind, caught.value.field) == (kind, name)
         assert repr(name) in caught.value.message
+
+
+def test_fields_inside_of_objects_numbers_and_ids() -> None:
+    fields = {"gold": {"answer": 1.5, "deep": {"id": 3}}, "a.b": "as it stands", "yes": True}
+    record = Record("x", 1, fields)
+    assert answer_field(record, "gold.answer") == required_answer(record, "gold.answer") == "1.5"
+    assert id_field(record, "gold.deep.id") == 3 and id_field(record, "gold.none") is None
+    assert text_field(record, "a.b") == "as it stands" and text_field(record, "yes.no") is None
+    for read in (answer_field, id_field):
+        with pytest.raises(RejectedRecord, match="found true or false"):
+            read(record, "yes")
+    with pytest.raises(RejectedRecord, match="'gold.other' is missing"):
+        required_answer(record, "gold.other")
+
+
+def test_ids_are_taken_by_good_records_only() -> None:
+    ids = UniqueIds()
+    ids.require_new(7, "id")
+    ids.require_new(7, "id")
+    ids.note(7, "a.jsonl:1")
+    ids.note(None, "a.jsonl:2")
+    for fine in ("7", None, 8):
+        ids.require_new(fine, "id")
+    with pytest.raises(RejectedRecord, match="the id 7 names a.jsonl:1 too") as caught:
+        ids.require_new(7, "key")
+    assert (caught.value.kind, caught.value.field) == ("duplicate_id", "key")
 
 
 def test_a_run_stops_when_too_much_is_bad(tmp_path: pathlib.Path) -> None:

@@ -70,7 +70,7 @@ def test_bad_problems_are_listed_and_the_good_ones_stay(tmp_path):
         (6, "prompt", "empty_field"),
         (7, "answer", "missing_field"),
         (8, "answer", "empty_field"),
-        (9, "answer", "missing_field"),
+        (9, "answer", "wrong_type"),
         (10, "answer", "wrong_type"),
         (11, "prompt", "wrong_type"),
         (12, "id", "duplicate_id"),

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """Names of a source's fields (columns).
+    """Names of a source's fields (columns); `a.b` is the field b of the object in a.
 
     Attributes:
       prompt: the question as text, or a chat as a list of {"role", "content"}, which goes through

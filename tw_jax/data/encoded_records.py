@@ -11,14 +11,13 @@ import dataclasses
 import functools
 import multiprocessing
 import os
-import pathlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tw_jax.data.columns import ColumnsConfig
-from tw_jax.data.records import Record, RejectedRecord, read_records
-from tw_jax.data.rejects import Rejects
+from tw_jax.data.records import Record, RejectedRecord, UniqueIds, records_and_rejects
+from tw_jax.data.rejects import Reject
 from tw_jax.data.tokenizer import open_tokenizer
 from tw_jax.data.trajectory_file import (
     encode_trajectory,
@@ -31,17 +30,6 @@ from tw_jax.trajectory.trajectory import Trajectory
 _CHUNK_RECORDS = 16
 # Kinds of rejects that come from packing: the record itself was good and has taken its id.
 TOO_LONG = "too_long"
-
-
-@dataclasses.dataclass(frozen=True)
-class Reject:
-    """A bad record; the arguments of `Rejects.add`."""
-
-    file: str
-    line: int
-    kind: str
-    message: str
-    field: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +88,16 @@ def encoded_records(
     with _mapping(encoder, workers) as in_order:
         for index, source in enumerate(sources[after[0] :], start=after[0]):
             done = after[1] if index == after[0] else 0
-            ids: set[str | int] = set()
+            ids = UniqueIds()
             fresh = _after(source, done, encoder.columns, bad, ids)
             for item, result, identity in in_order(fresh):
-                if isinstance(identity, str | int) and identity in ids:
-                    message = f"the id {identity!r} names an earlier record too"
-                    result = Reject(source, item.line, "duplicate_id", message, encoder.columns.id)
-                elif identity is not None and isinstance(result, Trajectory):
-                    ids.add(identity)
+                if identity is not None:
+                    try:
+                        ids.require_new(identity, encoder.columns.id)
+                        if isinstance(result, Trajectory):
+                            ids.note(identity, f"{source}:{item.line}")
+                    except RejectedRecord as error:
+                        result = _reject(item, error)
                 yield Outcome(index, item.line, result)
 
 
@@ -132,29 +122,15 @@ def _encode(item: Record | Reject, encoder: Encoder, tokenizer: Any, schema: Sch
             require_strict(trajectory, schema, tokenizer)
         return item, trajectory, identity
     except RejectedRecord as error:
-        reject = Reject(item.file, item.line, error.kind, error.message, error.field)
-        return item, reject, identity
+        return item, _reject(item, error), identity
+
+
+def _reject(item: Record | Reject, error: RejectedRecord) -> Reject:
+    return Reject(item.file, item.line, error.kind, error.message, error.field)
 
 
 # A process encodes for one store; a tokenizer takes seconds to load and bind.
 bound_tokenizer = functools.lru_cache(maxsize=1)(open_tokenizer)
-
-
-class _Collected(Rejects):
-    """Keeps what is no record in a list, so that it can be put in order with the records."""
-
-    def __init__(self) -> None:
-        self.entries: list[Reject] = []
-
-    def add(
-        self,
-        file: str | pathlib.Path,
-        line: int,
-        kind: str,
-        message: str,
-        field: str | None = None,
-    ) -> None:
-        self.entries.append(Reject(str(file), line, kind, message, field))
 
 
 def _after(
@@ -162,20 +138,14 @@ def _after(
     done: int,
     columns: ColumnsConfig,
     bad: set[tuple[str, int]],
-    ids: set[str | int],
+    ids: UniqueIds,
 ) -> Iterator[Record | Reject]:
     """Records behind the first `done`, and what is none among them; `ids` gets those before."""
-    collected = _Collected()
-    for record in read_records(source, collected):
-        yield from (entry for entry in collected.entries if entry.line > done)
-        collected.entries.clear()
-        if record.line > done:
-            yield record
-        elif (source, record.line) not in bad:
-            identity = trajectory_record(record, columns).id
-            if identity is not None:
-                ids.add(identity)
-    yield from (entry for entry in collected.entries if entry.line > done)
+    for item in records_and_rejects(source):
+        if item.line > done:
+            yield item
+        elif isinstance(item, Record) and (source, item.line) not in bad:
+            ids.note(trajectory_record(item, columns).id, f"{source}:{item.line}")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ from tw_jax.data.encoded_records import (
     TOO_LONG,
     Encoder,
     Outcome,
-    Reject,
     bound_tokenizer,
     encoded_records,
 )
@@ -38,7 +37,7 @@ from tw_jax.data.pack_counts import (
 )
 from tw_jax.data.packing import rows_to_write
 from tw_jax.data.progress import shown_progress
-from tw_jax.data.rejects import Rejects
+from tw_jax.data.rejects import Reject, Rejects
 from tw_jax.data.store_manifest import FORMAT_VERSION, Manifest, tokenizer_sha256
 from tw_jax.data.store_writer import PackState, Pending, StoreWriter, only_packer
 from tw_jax.data.tokenizer import SHIPPED

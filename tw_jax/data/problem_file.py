@@ -8,11 +8,18 @@ of rejects: those of `read_records`, `text_field` and `read_turns`, `duplicate_i
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tw_jax.data.chat import Turn, read_turns
-from tw_jax.data.records import Record, RejectedRecord, read_records, required_text
+from tw_jax.data.records import (
+    Record,
+    RejectedRecord,
+    UniqueIds,
+    id_field,
+    read_records,
+    required_answer,
+    required_text,
+)
 from tw_jax.data.rejects import Rejects
 
 
@@ -61,76 +68,42 @@ def read_problems(
       UserError: a source cannot be read.
     """
     problems: list[ProblemRecord] = []
-    places: dict[tuple[str, object], str] = {}
+    ids, asked = UniqueIds(), dict[object, str]()
     for source in sources:
         for record in read_records(source, rejects):
             try:
                 problem = _problem(record, columns)
-                _require_new(places, problem, columns)
+                ids.require_new(problem.id, columns.id)
+                same = problem.chat or problem.prompt
+                if same in asked:
+                    raise RejectedRecord(
+                        "duplicate_problem",
+                        f"the same problem stands at {asked[same]}",
+                        columns.prompt,
+                    )
             except RejectedRecord as rejected:
                 rejects.add(source, record.line, rejected.kind, rejected.message, rejected.field)
             else:
+                place = f"{source}:{record.line}"
+                ids.note(problem.id, place)
+                asked[same] = place
                 problems.append(problem)
     return problems
 
 
 def _problem(record: Record, columns: ProblemColumns) -> ProblemRecord:
-    names = (columns.prompt, columns.answer, columns.id)
-    fields = {name: value for name in names if (value := _value(record.fields, name)) is not None}
-    record = dataclasses.replace(record, fields=_numbers_as_text(fields, columns))
     chat: tuple[Turn, ...] = ()
-    if isinstance(turns := record.fields.get(columns.prompt), list):
+    if isinstance(turns := record.value(columns.prompt), list):
         chat = read_turns(turns, columns.prompt)
         prompt = chat[-1].content
     else:
         prompt = required_text(record, columns.prompt)
+    identity = id_field(record, columns.id)
     return ProblemRecord(
-        id=required_text(record, columns.id)
-        if columns.id in record.fields
-        else f"{record.file}:{record.line}",
+        id=f"{record.file}:{record.line}" if identity is None else str(identity),
         prompt=prompt,
-        answer=required_text(record, columns.answer),
+        answer=required_answer(record, columns.answer),
         file=record.file,
         line=record.line,
         chat=chat,
     )
-
-
-def _value(fields: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, or of a field of an object in a field."""
-    if name in fields:
-        return fields[name]
-    outer, dot, inner = name.partition(".")
-    below = fields.get(outer)
-    return _value(below, inner) if dot and isinstance(below, Mapping) else None
-
-
-def _numbers_as_text(fields: Mapping[str, Any], columns: ProblemColumns) -> dict[str, Any]:
-    """Answers and ids are often written as JSON numbers."""
-    numeric = {
-        name: str(value)
-        for name, value in fields.items()
-        if name != columns.prompt and isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    return {**fields, **numeric}
-
-
-def _require_new(
-    places: dict[tuple[str, object], str], problem: ProblemRecord, columns: ProblemColumns
-) -> None:
-    """Notes where a problem was found.
-
-    Raises:
-      RejectedRecord: `duplicate_id` or `duplicate_problem`.
-    """
-    place = f"{problem.file}:{problem.line}"
-    named, asked = ("id", problem.id), ("problem", problem.chat or problem.prompt)
-    if named in places:
-        raise RejectedRecord(
-            "duplicate_id", f"the id {problem.id!r} names {places[named]} too", columns.id
-        )
-    if asked in places:
-        raise RejectedRecord(
-            "duplicate_problem", f"the same problem stands at {places[asked]}", columns.prompt
-        )
-    places[named] = places[asked] = place

@@ -23,7 +23,7 @@ from typing import IO, Any
 import fsspec
 import fsspec.core
 
-from tw_jax.data.rejects import Rejects
+from tw_jax.data.rejects import Reject, Rejects
 from tw_jax.errors import UserError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -45,6 +45,10 @@ class Record:
     file: str
     line: int
     fields: Mapping[str, Any]
+
+    def value(self, name: str) -> Any:
+        """What a field holds, None where it is missing; `a.b` is field b of the object in a."""
+        return _value(self.fields, name)
 
 
 class RejectedRecord(Exception):
@@ -73,14 +77,20 @@ def read_records(source: str, rejects: Rejects) -> Iterator[Record]:
     Raises:
       UserError: there is no such source, or it cannot be read.
     """
+    for item in records_and_rejects(source):
+        if isinstance(item, Record):
+            yield item
+        else:
+            rejects.add(item.file, item.line, item.kind, item.message)
+
+
+def records_and_rejects(source: str) -> Iterator[Record | Reject]:
+    """`read_records` with what is no record in its place among the others."""
     for line, item in _items(source):
-        if isinstance(item, Mapping):
-            yield Record(source, line, item)
-            continue
         try:
-            fields = _json_object(item)
+            fields = item if isinstance(item, Mapping) else _json_object(item)
         except RejectedRecord as rejected:
-            rejects.add(source, line, rejected.kind, rejected.message)
+            yield Reject(source, line, rejected.kind, rejected.message)
         else:
             yield Record(source, line, fields)
 
@@ -91,13 +101,12 @@ def required_text(record: Record, name: str) -> str:
     Raises:
       RejectedRecord: `missing_field`, and those of `text_field`.
     """
-    if name not in record.fields:
-        raise RejectedRecord("missing_field", f"the field {name!r} is missing", name)
-    if record.fields[name] is None:
-        raise RejectedRecord("wrong_type", f"the field {name!r} must be text, found null", name)
     text = text_field(record, name)
-    assert text is not None
-    return text
+    if text is not None:
+        return text
+    if name in record.fields:
+        raise RejectedRecord("wrong_type", f"the field {name!r} must be text, found null", name)
+    raise RejectedRecord("missing_field", f"the field {name!r} is missing", name)
 
 
 def text_field(record: Record, name: str, *, empty_ok: bool = False) -> str | None:
@@ -111,7 +120,7 @@ def text_field(record: Record, name: str, *, empty_ok: bool = False) -> str | No
     Raises:
       RejectedRecord: `wrong_type`, `empty_field`, `invalid_unicode`, `nul_byte`.
     """
-    value = record.fields.get(name)
+    value = record.value(name)
     if value is None:
         return None
     if not isinstance(value, str):
@@ -121,6 +130,60 @@ def text_field(record: Record, name: str, *, empty_ok: bool = False) -> str | No
     if not empty_ok and not value.strip():
         raise RejectedRecord("empty_field", f"the field {name!r} is empty", name)
     return value
+
+
+def answer_field(record: Record, name: str) -> str | None:
+    """A reference answer, None where it is missing or null; many sets hold numbers as such.
+
+    Raises:
+      RejectedRecord: those of `text_field`.
+    """
+    value = record.value(name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return text_field(record, name, empty_ok=True)
+
+
+def required_answer(record: Record, name: str) -> str:
+    """A reference answer that must be there.
+
+    Raises:
+      RejectedRecord: `missing_field`, and those of `text_field`.
+    """
+    answer = answer_field(record, name)
+    return answer if answer and answer.strip() else required_text(record, name)
+
+
+def id_field(record: Record, name: str) -> str | int | None:
+    """What names a record: text or a whole number; None where it is missing or null.
+
+    Raises:
+      RejectedRecord: those of `text_field`.
+    """
+    value = record.value(name)
+    return value if type(value) is int else text_field(record, name)  # true is no number here
+
+
+class UniqueIds:
+    """Notes ids and where they were met first."""
+
+    def __init__(self) -> None:
+        self._places: dict[str | int, str] = {}
+
+    def require_new(self, identity: str | int | None, field: str) -> None:
+        """Checks that an id was not noted; None passes.
+
+        Raises:
+          RejectedRecord: `duplicate_id`.
+        """
+        if identity is not None and identity in self._places:
+            message = f"the id {identity!r} names {self._places[identity]} too; ids must differ"
+            raise RejectedRecord("duplicate_id", message, field)
+
+    def note(self, identity: str | int | None, place: str) -> None:
+        """Takes an id; only good records take theirs."""
+        if identity is not None:
+            self._places[identity] = place
 
 
 def json_type(value: Any) -> str:
@@ -148,6 +211,14 @@ def check_text(value: str, field: str) -> None:
         raise RejectedRecord(
             "nul_byte", f"the field {field!r} holds a NUL byte at character {place}", field
         )
+
+
+def _value(fields: Mapping[str, Any], name: str) -> Any:
+    if name in fields:
+        return fields[name]
+    outer, dot, inner = name.partition(".")
+    below = fields.get(outer)
+    return _value(below, inner) if dot and isinstance(below, Mapping) else None
 
 
 def _items(source: str) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:

@@ -1,6 +1,7 @@
 """The record of bad items: counted by kind, listed in a file, while the good ones go on."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +10,17 @@ from tw_jax.data.whole_file import require_other_files
 from tw_jax.errors import UserError
 
 _SHOWN_PROBLEMS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """A bad item; the arguments of `Rejects.add`."""
+
+    file: str
+    line: int
+    kind: str
+    message: str
+    field: str | None = None
 
 
 class Rejects:

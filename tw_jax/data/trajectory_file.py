@@ -23,9 +23,11 @@ from tw_jax.data.records import (
     OTHER_FORMATS,
     Record,
     RejectedRecord,
+    UniqueIds,
+    answer_field,
+    id_field,
     read_records,
     required_text,
-    text_field,
 )
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.text import encode_prompt, encode_response, unknown_characters
@@ -103,14 +105,11 @@ def read_trajectories(
       UserError: the source cannot be read.
     """
     good, rejects = 0, rejects.part()
-    ids: set[str | int] = set()
+    ids = UniqueIds()
     for record in read_records(str(source), rejects):
         try:
             item = trajectory_record(record, columns)
-            if item.id is not None and item.id in ids:
-                raise RejectedRecord(
-                    "duplicate_id", f"the id {item.id!r} names an earlier record too", columns.id
-                )
+            ids.require_new(item.id, columns.id)
             trajectory = encode_trajectory(item, schema, tokenizer)
             if strict:
                 require_strict(trajectory, schema, tokenizer)
@@ -118,8 +117,7 @@ def read_trajectories(
             rejects.add(source, record.line, rejected.kind, rejected.message, rejected.field)
         else:
             good += 1
-            if item.id is not None:
-                ids.add(item.id)
+            ids.note(item.id, f"{source}:{record.line}")
             yield LoadedTrajectory(item, record.line, trajectory)
     if not good and rejects.total:
         problems = "; ".join(rejects.first_of(source))
@@ -167,32 +165,23 @@ def trajectory_record(record: Record, columns: ColumnsConfig) -> TrajectoryRecor
       RejectedRecord: a field is missing or holds something else.
     """
     chat: tuple[Turn, ...] = ()
-    if columns.response not in record.fields and columns.chat_text in record.fields:
+    if record.value(columns.response) is None and record.value(columns.chat_text) is not None:
         chat, response = read_chat_text(required_text(record, columns.chat_text), columns.chat_text)
         prompt = chat[-1].content
-    elif isinstance(turns := record.fields.get(columns.prompt), list):
+    elif isinstance(turns := record.value(columns.prompt), list):
         chat = read_turns(turns, columns.prompt)
         prompt, response = chat[-1].content, required_text(record, columns.response)
     else:
         prompt = required_text(record, columns.prompt)
         response = required_text(record, columns.response)
         chat = (Turn("user", prompt),) if columns.as_chat else ()
-    identity = record.fields.get(columns.id)
     return TrajectoryRecord(
         prompt=prompt,
         response=response,
-        answer=_answer(record, columns.answer),
-        id=identity if isinstance(identity, int) else text_field(record, columns.id),
+        answer=answer_field(record, columns.answer),
+        id=id_field(record, columns.id),
         chat=chat,
     )
-
-
-def _answer(record: Record, name: str) -> str | None:
-    """The reference answer; public sets hold numbers as such too."""
-    value = record.fields.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return text_field(record, name, empty_ok=True)
 
 
 def encode_trajectory(

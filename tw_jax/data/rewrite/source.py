@@ -8,7 +8,11 @@ from tw_jax.data.chat import Turn, read_turns
 from tw_jax.data.records import (
     Record,
     RejectedRecord,
+    UniqueIds,
+    answer_field,
+    id_field,
     read_records,
+    required_answer,
     required_text,
     text_field,
 )
@@ -76,41 +80,36 @@ def read_traces(
     Raises:
       UserError: the source cannot be read.
     """
-    seen: dict[str | int, str] = {}
+    ids = UniqueIds()
     records = (record for source in config.inputs for record in read_records(source, rejects))
     for record in records:
         try:
             trace = _trace(record, config)
-            if trace.id in seen:
-                raise RejectedRecord(
-                    "duplicate_id",
-                    f"the id {trace.id!r} is that of {seen[trace.id]} too; ids must differ",
-                    config.columns.id,
-                )
+            ids.require_new(trace.id, config.columns.id)
             _check(trace, config, validator)
         except RejectedRecord as rejected:
             rejects.add(record.file, record.line, rejected.kind, str(rejected), rejected.field)
         else:
-            seen[trace.id] = f"{trace.file}:{trace.line}"
+            ids.note(trace.id, f"{trace.file}:{trace.line}")
             yield trace
 
 
 def _trace(record: Record, config: RewriteConfig) -> SourceTrace:
     columns = config.columns
     chat: tuple[Turn, ...] = ()
-    if isinstance(turns := record.fields.get(columns.prompt), list):
+    if isinstance(turns := record.value(columns.prompt), list):
         chat = read_turns(turns, columns.prompt)
         prompt = "\n\n".join(turn.content for turn in chat)
         if not prompt.strip():
             raise RejectedRecord("empty_field", "the turns hold no text", columns.prompt)
     else:
         prompt = required_text(record, columns.prompt)
-    read_answer = required_text if config.answer_required else text_field
+    read_answer = required_answer if config.answer_required else answer_field
     opening, reasoning, closing = _parts(record, columns, config.think_tags)
     return SourceTrace(
         file=record.file,
         line=record.line,
-        id=_identity(record, columns.id),
+        id=id_field(record, columns.id) or f"{record.file}:{record.line}",
         prompt=prompt,
         opening=opening,
         reasoning=reasoning,
@@ -118,13 +117,6 @@ def _trace(record: Record, config: RewriteConfig) -> SourceTrace:
         answer=read_answer(record, columns.answer),
         chat=chat,
     )
-
-
-def _identity(record: Record, name: str) -> str | int:
-    value = record.fields.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    return text_field(record, name) or f"{record.file}:{record.line}"
 
 
 def _parts(record: Record, columns: RewriteColumns, think_tags: bool) -> tuple[str, str, str]:
@@ -137,7 +129,7 @@ def _parts(record: Record, columns: RewriteColumns, think_tags: bool) -> tuple[s
         if think_tags:
             return f"{THINK_OPEN}\n", reasoning, f"\n{THINK_CLOSE}\n\n{final}"
         return "", reasoning, f"\n\n{final}"
-    if columns.response not in record.fields:
+    if record.value(columns.response) is None:
         raise RejectedRecord(
             "missing_field",
             f"neither the field {columns.reasoning!r} nor {columns.response!r} is there",
