@@ -7,7 +7,6 @@ so what a client builds from its answers must equal the engine's rollouts token 
 import collections
 import dataclasses
 import functools
-import http.server
 import json
 import threading
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.loopback_server import LoopbackHandler, LoopbackServer
 from tests.rollout.host_oracle import HostOracle
 from tests.rollout.scenarios import CONTEXT_LEN, MAX_DIGITS, request
 from tests.rollout.small_world import ID, ids, make_model, text_of
@@ -158,7 +158,7 @@ class Fault:
     body: str = '{"error": {"message": "no such luck"}}'
 
 
-class CompletionsServer:
+class CompletionsServer(LoopbackServer):
     """Serves `answer(body, write)` as the only choice; `with CompletionsServer(...) as server`."""
 
     def __init__(
@@ -179,15 +179,10 @@ class CompletionsServer:
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
 
-    def __enter__(self):
+    def handler(self):
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
+        class Handler(LoopbackHandler):
             def do_GET(self):
                 self.send(200, json.dumps({"data": list(outer.models)}))
 
@@ -217,26 +212,4 @@ class CompletionsServer:
                     text = json.dumps({"choices": [choice]})
                     self.send(200, text[: len(text) // 2] if fault.cut else text)
 
-            def send(self, status, text, headers=()):
-                data = text.encode()
-                try:
-                    self.send_response(status)
-                    for name, value in dict(headers).items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    self.close_connection = True  # the client did not wait
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        return Handler

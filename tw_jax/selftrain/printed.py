@@ -1,11 +1,9 @@
 """The report of a self-training run as tables in a terminal."""
 
-import dataclasses
-
 import rich.console
 import rich.table
 
-from tw_jax.data.statistics import CorpusStatistics
+from tw_jax.data.statistics_table import statistics_table
 from tw_jax.selftrain.yields import SelfTrainReport
 
 _BAR_WIDTH = 40
@@ -21,7 +19,7 @@ def print_report(console: rich.console.Console, report: SelfTrainReport) -> None
     )
     console.print(_yields(report))
     console.print(_pass_rates(report))
-    console.print(_statistics(report))
+    console.print(statistics_table({"sampled": report.sampled, "written": report.written}))
     for what, counts in (
         ("answers", report.grades),
         ("broken formats", report.format_breaks),
@@ -59,21 +57,9 @@ def _pass_rates(report: SelfTrainReport) -> rich.table.Table:
     return table
 
 
-def _statistics(report: SelfTrainReport) -> rich.table.Table:
-    table = _table("mean", "sampled", "written")
-    for field in dataclasses.fields(CorpusStatistics):
-        before, after = (getattr(s, field.name) for s in (report.sampled, report.written))
-        table.add_row(field.name.replace("_", " "), _number(before), _number(after))
-    return table
-
-
 def _table(first: str, *numbers: str) -> rich.table.Table:
     table = rich.table.Table(box=None, pad_edge=False)
     table.add_column(first)
     for name in numbers:
         table.add_column(name, justify="right")
     return table
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"

@@ -18,6 +18,7 @@ from tw_jax.data.statistics import (
     distributions,
     trajectory_statistics,
 )
+from tw_jax.data.statistics_table import statistics_rows, statistics_table
 from tw_jax.data.tokenizer import SHIPPED
 from tw_jax.data.whole_file import require_other_files, whole_file
 from tw_jax.evals.sample import printable, sample_from_trajectory
@@ -27,22 +28,6 @@ from tw_jax.view.numbers import number
 from tw_jax.view.page import drawn_sample, render_page
 from tw_jax.view.svg import Labels
 
-_ROWS = (
-    # label, field, format
-    ("trajectories", "trajectories", "{:,.0f}"),
-    ("with a parallel block", "activation_ratio", "{:.1%}"),
-    ("strictly well-formed", "format_valid_rate", "{:.1%}"),
-    ("parallel ratio (tokens in blocks)", "parallel_ratio", "{:.3f}"),
-    ("total tokens", "total_tokens", "{:,.0f}"),
-    ("critical path, tokens", "critical_path", "{:,.0f}"),
-    ("self-parallelism", "self_parallelism", "{:.3f}"),
-    ("acceleration ratio", "acceleration_ratio", "{:.3f}"),
-    ("blocks per trajectory", "blocks_per_trajectory", "{:.2f}"),
-    ("threads per block", "threads_per_block", "{:.2f}"),
-    ("tokens per block", "tokens_per_block", "{:,.0f}"),
-    ("tokens per thread", "tokens_per_thread", "{:,.0f}"),
-    ("prompt tokens", "prompt_tokens", "{:,.0f}"),
-)
 _BARS = " ▁▂▃▄▅▆▇█"
 _BAR_COUNT = 24
 
@@ -92,8 +77,9 @@ def run_stats(config: StatsConfig) -> dict[str, Any]:
                 best = _keep_best(best, found, item, corpus, config.samples)
     everything = [item for counts in by_source.values() for item in counts]
     columns = {source: corpus_statistics(counts) for source, counts in by_source.items()}
+    named = {printable(source): found for source, found in columns.items()}
     total = corpus_statistics(everything)
-    console.print(statistics_table({**columns, "all": total} if len(columns) > 1 else columns))
+    console.print(statistics_table({**named, "all": total} if len(named) > 1 else named))
     console.print(_histogram_table(distributions(everything)))
     if corpus.rejects.total:
         console.print(printable(corpus.rejects.summary()))
@@ -112,17 +98,6 @@ def run_stats(config: StatsConfig) -> dict[str, Any]:
             out.write(_page(config, columns, total, everything, samples, corpus))
         console.print(printable(config.page))
     return result
-
-
-def statistics_table(columns: Mapping[str, CorpusStatistics]) -> rich.table.Table:
-    """A column per corpus, a row per statistic."""
-    table = rich.table.Table(title="Trajectories", title_justify="left")
-    table.add_column("mean of")
-    for name in columns:
-        table.add_column(printable(name), justify="right", overflow="fold")
-    for label, field, form in _ROWS:
-        table.add_row(label, *(form.format(getattr(found, field)) for found in columns.values()))
-    return table
 
 
 def _histogram_table(values: Mapping[str, Sequence[float]]) -> rich.table.Table:
@@ -176,10 +151,7 @@ def _page(
     corpus: Corpus,
 ) -> str:
     shown = {**columns, "all": total} if len(columns) > 1 else columns
-    rows = [
-        (label, [form.format(getattr(found, field)) for found in shown.values()])
-        for label, field, form in _ROWS
-    ]
+    rows = statistics_rows(shown)
     histograms = []
     for name, values in distributions(items).items():
         if values:

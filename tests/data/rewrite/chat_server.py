@@ -1,7 +1,6 @@
 """An OpenAI-compatible chat server on the loopback that answers from a script, with faults."""
 
 import dataclasses
-import http.server
 import json
 import re
 import threading
@@ -9,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from tests.data.rewrite.marked_traces import Case, cases
+from tests.loopback_server import LoopbackHandler, LoopbackServer
 
 _SECTION = re.compile(r"----- BEGIN ([A-Z]+) (\w+) -----\n(.*?)\n----- END \1 \2 -----", re.DOTALL)
 
@@ -81,7 +81,7 @@ def good(asked: Question) -> Reply:
     return Reply(json.dumps(good_answer(asked)))
 
 
-class ChatServer:
+class ChatServer(LoopbackServer):
     """`with ChatServer(answer) as server`; `url`, and `questions` as they came."""
 
     def __init__(self, answer: Answer = good) -> None:
@@ -92,16 +92,10 @@ class ChatServer:
         self._seen: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self):
+    def handler(self):
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1  # headers and body in one packet; two would wait for each other
-
-            def log_message(self, *args):
-                pass
-
+        class Handler(LoopbackHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 assert self.path == "/v1/chat/completions"
@@ -119,9 +113,9 @@ class ChatServer:
                 finally:
                     with outer._lock:
                         outer.at_once -= 1
-                self.send(body, reply)
+                self.reply(body, reply)
 
-            def send(self, body, reply):
+            def reply(self, body, reply):
                 message = {"role": "assistant", "content": reply.text}
                 answer = {
                     "choices": [{"message": message, "finish_reason": reply.finish_reason}],
@@ -130,27 +124,9 @@ class ChatServer:
                 if reply.usage == {}:
                     del answer["usage"]
                 text = json.dumps(answer) if reply.raw is None else reply.raw
-                try:
-                    self.send_response(reply.status)
-                    for name, value in reply.headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(text.encode())))
-                    self.end_headers()
-                    self.wfile.write(text.encode())
-                except OSError:
-                    self.close_connection = True  # the client did not wait
+                self.send(reply.status, text, reply.headers)
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        return Handler
 
 
 def usage(body: dict, text: str | None) -> dict:
