@@ -12,6 +12,9 @@ BENCHMARKS = (
     "train",
     "sft",
     "rollout",
+    "update",
+    "rl",
+    "objectives",
     "forkjoin",
     "parity",
     "checkpoint-io",
@@ -20,7 +23,7 @@ BENCHMARKS = (
     "paged-attention",
     "serve",
 )
-AGAINST_PEERS = {"sft": ("tunix",), "rollout": ("tunix", "hf")}
+AGAINST_PEERS = {"sft": ("tunix",), "rollout": ("tunix", "hf"), "rl": ("tunix",)}
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import Request, SamplingParams
 from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.train.group_forest import group_forest
+from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.scoring import token_logprobs
 from tw_jax.trajectory.schemas import make_schema
 
@@ -216,7 +217,7 @@ def logprob_max_abs_diff(compute_dtype: str) -> float:
     engine, params = make_engine(model, **sizes), loaded_params(model)
     rollouts = engine.generate(params, planning_requests(8, max_response_tokens=160))
     forests = [
-        group_forest(engine.schema, [rollout], [1.0], [index], "token_mean")
+        group_forest(engine.schema, [rollout], [1.0], [index], ObjectiveConfig())
         for index, rollout in enumerate(rollouts)
     ]
     rows = best_fit_rows([len(forest.trie) for forest in forests], 512)

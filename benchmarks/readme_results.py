@@ -1,15 +1,17 @@
-"""Writes the README's results from `benchmarks/results/`, so that no number is typed by hand.
+"""Writes the results in the README and docs from `benchmarks/results/`: no number is typed by hand.
 
-Run `python -m benchmarks.readme_results` after new results; a test keeps README and files equal.
+Run `python -m benchmarks.readme_results` after new results; a test keeps pages and files equal.
 """
 
 import json
 import pathlib
 from typing import Any
 
+from benchmarks.rl_results import update_table
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parents[1] / "README.md"
-_SECTIONS = ("results", "decoding", "plan")  # each between `<!-- name -->` and `<!-- /name -->`
+DOCS = README.parent / "docs"
 
 
 def results_block() -> str:
@@ -141,15 +143,29 @@ _PLAN_ROWS = (
 )
 
 
-def with_results(readme: str) -> str:
-    """The README with its generated sections rewritten."""
-    blocks = results_block(), decoding_block(), plan_block()
-    for name, block in zip(_SECTIONS, blocks, strict=True):
-        head, rest = readme.split(f"<!-- {name} -->")
+def rl_update_block() -> str:
+    """The table of what an update costs, in docs/rl.md."""
+    return update_table(_result("update"), _result("rl_tunix"))
+
+
+# Each block stands between `<!-- name -->` and `<!-- /name -->`.
+_BLOCKS = {
+    README: {"results": results_block, "decoding": decoding_block, "plan": plan_block},
+    DOCS / "rl.md": {"update": rl_update_block},
+}
+PAGES = tuple(_BLOCKS)
+
+
+def with_results(page: pathlib.Path) -> str:
+    """A page with its generated sections written anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, block in _BLOCKS[page].items():
+        head, rest = text.split(f"<!-- {name} -->")
         _, tail = rest.split(f"<!-- /{name} -->")
-        readme = f"{head}<!-- {name} -->\n{block}\n<!-- /{name} -->{tail}"
-    return readme
+        text = f"{head}<!-- {name} -->\n{block()}\n<!-- /{name} -->{tail}"
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for written in PAGES:
+        written.write_text(with_results(written), encoding="utf-8")

@@ -7,15 +7,13 @@ default of both), all is float32, and every row is full, so tokens per step are 
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
-import tempfile
 from typing import Any
 
 import numpy as np
 
-from benchmarks.blocks import Worker, alternate, summary
+from benchmarks.blocks import side_by_side, summary
 from benchmarks.peers import peer_python
 from benchmarks.shapes import TINY
 from tw_jax.models import init_params
@@ -49,24 +47,17 @@ def prepare(folder: pathlib.Path) -> None:
 
 def run(peer: str = "tunix") -> dict[str, Any]:
     """Medians over alternating blocks."""
-    repository = pathlib.Path(__file__).parents[1]
-    environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(repository)}
-    with tempfile.TemporaryDirectory(prefix="tw_jax_") as name:
-        folder = pathlib.Path(name)
-        prepare(folder)
-        workers = []
-        try:
-            for python, module in (
-                (sys.executable, "benchmarks.sft_worker"),
-                (peer_python(peer), f"benchmarks.peers.{peer}_sft"),
-            ):
-                log = folder / f"{module}.log"
-                workers.append(Worker([python, "-m", module, str(folder)], environ, log))
-            seconds = alternate(workers, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS)
-            ours, theirs = (worker.ask("stop") for worker in workers)
-        finally:
-            for worker in workers:
-                worker.close()
+    seconds, (ours, theirs) = side_by_side(
+        [
+            (sys.executable, "benchmarks.sft_worker"),
+            (peer_python(peer), f"benchmarks.peers.{peer}_sft"),
+        ],
+        prepare,
+        ENVIRONMENT,
+        warm_up=WARM_UP,
+        blocks=BLOCKS,
+        steps=STEPS,
+    )
     our_time, their_time = map(summary, seconds)
     tokens = ROWS * ROW_LEN
     apart = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]

@@ -59,15 +59,15 @@ def test_overview_lists_every_verb(capsys):
 
 def test_verbs_of_two_words(monkeypatch, greet, capsys):
     verb = cli.Verb("greeting_verb", "Greeting", "run", "greet politely")
-    monkeypatch.setitem(cli.VERBS, "greet politely", verb)
-    assert cli.main(["greet", "politely", "times=2"]) == 0
+    monkeypatch.setitem(cli.VERBS, "meet politely", verb)
+    assert cli.main(["meet", "politely", "times=2"]) == 0
     assert greet == [Greeting("world", 2)]
-    for words in (["greet"], ["greet", "--help"]):
+    for words in (["meet"], ["meet", "--help"]):
         assert cli.main(words) == 0
         out = capsys.readouterr().out
-        assert "greet politely" in out and "quickstart" not in out
-    assert cli.main(["greet", "politly"]) == 2
-    assert "unknown verb 'greet politly'; did you mean 'greet politely'?" in capsys.readouterr().err
+        assert "meet politely" in out and "quickstart" not in out
+    assert cli.main(["meet", "politly"]) == 2
+    assert "unknown verb 'meet politly'; did you mean 'meet politely'?" in capsys.readouterr().err
 
 
 def test_a_switch_is_short_for_true(monkeypatch, greet):

@@ -1,8 +1,11 @@
-"""The README's numbers are those of the recorded runs."""
+"""The numbers in the README and the docs are those of the recorded runs."""
 
-from benchmarks.readme_results import README, with_results
+import pytest
+
+from benchmarks.readme_results import PAGES, with_results
 
 
-def test_results_section_is_generated_from_the_recorded_runs():
-    readme = README.read_text(encoding="utf-8")
-    assert readme == with_results(readme), "run `python -m benchmarks.readme_results`"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_results_are_generated_from_the_recorded_runs(page):
+    written = page.read_text(encoding="utf-8")
+    assert written == with_results(page), "run `python -m benchmarks.readme_results`"

@@ -128,7 +128,14 @@ VERBS = {
         "tw_jax.view.browse",
         "ViewConfig",
         "run_view",
-        "build the report of a run",
+        "build the report of a quickstart",
+        folder_key="run_dir",
+    ),
+    "view run": Verb(
+        "tw_jax.view.run_page",
+        "RunViewConfig",
+        "view_run",
+        "a page of a run's metrics and sampled rollouts",
         folder_key="run_dir",
     ),
     "plan": Verb(
@@ -185,6 +192,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     name, *rest = words
     group = [verb for verb in VERBS if verb.startswith(f"{name} ")]
+    if name in VERBS and not (rest and f"{name} {rest[0]}" in VERBS):
+        group = []  # a verb that is one word and the beginning of others
     if group:
         if not rest or rest[0] in ("-h", "--help"):
             print(_overview(group))

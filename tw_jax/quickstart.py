@@ -12,7 +12,6 @@ Every stage resumes: started again after any interruption, the same command goes
 import dataclasses
 import json
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax
 from rich.console import Console
 
 from tw_jax.config import to_yaml
+from tw_jax.errors import UserError
 from tw_jax.evals.evaluate import evaluate
 from tw_jax.evals.metrics import RolloutRecord, Style, summarize, token_latency_speedup
 from tw_jax.evals.sample import sample_from_rollout
@@ -29,11 +29,12 @@ from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.request import SamplingParams
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.tasks.registry import make_task
+from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.rl import run_rl
 from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.run_dir import LoadedModel, has_checkpoint, load_run, new_model, save_model
 from tw_jax.train.sft import SFTConfig, run_sft
-from tw_jax.train.tracker import read_metrics
+from tw_jax.train.stage_minutes import StageMinutes
 from tw_jax.view.report import ReportData, points_from_summary, write_report
 
 
@@ -113,6 +114,24 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
         return {}
 
 
+def run_first_stage(config: QuickstartConfig) -> RLConfig:
+    """Runs the SFT stage alone, or takes it from a folder where it has run.
+
+    Returns:
+      Settings of the RL stage that would start from it.
+
+    Raises:
+      UserError: unusable configuration, or a signal stopped the stage.
+    """
+    stages = _Quickstart(config)
+    stages.root.mkdir(parents=True, exist_ok=True)
+    try:
+        stages.train_sft()
+    except _Interrupted:
+        raise UserError("stopped by a signal; the same command goes on") from None
+    return stages.rl
+
+
 class _Interrupted(Exception):
     """A stage was stopped by a signal and has saved what it had."""
 
@@ -139,14 +158,14 @@ class _Quickstart:
         )
         self.task = make_task(config.sft.task)
         self.console = Console()
-        self.minutes = _StageMinutes(self.root / "minutes.json")
+        self.minutes = StageMinutes(self.root / "minutes.json")
         model = new_model(config.sft.model, config.seed)
         self.engine = RolloutEngine(model.graphdef, model.schema, config.rl.engine)
 
     def run(self) -> dict[str, Any]:
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        sft_model = self._train_sft()
+        sft_model = self.train_sft()
         summary: dict[str, Any] = {"seed": self.config.seed, "task": self.sft.task.name}
         summary["sft"], speedups, rollouts = self._measure_sft(sft_model)
         samples = [
@@ -163,7 +182,7 @@ class _Quickstart:
         self._write(summary, speedups, samples)
         return summary
 
-    def _train_sft(self) -> LoadedModel:
+    def train_sft(self) -> LoadedModel:
         self._say("1/4  SFT: learning both styles on trie-packed trajectories")
         start_dir = self.root / "rl_start"
 
@@ -352,37 +371,3 @@ class _Quickstart:
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False)
-
-
-class _StageMinutes:
-    """Wall time of every stage, added up over interrupted calls."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
-        self._minutes: dict[str, float] = (
-            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        )
-
-    def of(self, stage: str) -> "_StageClock":
-        return _StageClock(self, stage)
-
-    def add(self, stage: str, seconds: float) -> None:
-        self._minutes[stage] = self._minutes.get(stage, 0.0) + seconds / 60
-        self._path.write_text(json.dumps(self._minutes), encoding="utf-8")
-
-    def total(self) -> float:
-        return sum(self._minutes.values())
-
-    def by_stage(self) -> dict[str, float]:
-        return dict(self._minutes)
-
-
-class _StageClock:
-    def __init__(self, minutes: _StageMinutes, stage: str) -> None:
-        self._minutes, self._stage = minutes, stage
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        self._minutes.add(self._stage, time.monotonic() - self._began)

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import re
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
+from benchmarks.update import sample_group
 from tests.libtpu import LIBTPU, needs_libtpu
 from tw_jax.cli import main
 from tw_jax.config import load_config
 from tw_jax.errors import UserError
+from tw_jax.models import graphdef, init_params
 from tw_jax.parallel.mesh import ParallelConfig, make_layout
 from tw_jax.planning.chips import parse_topology
 from tw_jax.planning.compiling import cache_key, facts_of
@@ -20,6 +25,12 @@ from tw_jax.planning.hlo_cost import ProgramCost
 from tw_jax.planning.programs import live_tiles, model_of, programs
 from tw_jax.planning.search import candidates, meshes
 from tw_jax.planning.tpu_environment import libtpu_version
+from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
+from tw_jax.train.placement import place_run, placed_state
+from tw_jax.train.policy_sum import policy_sum
+from tw_jax.train.rl_batches import make_scorer, micro_batches
+from tw_jax.train.rl_config import RLConfig
+from tw_jax.train.update import make_update
 
 TINY = ["model=tiny", "row_len=512", "memory.head_chunk=1024", "compute_dtype=float32"]
 
@@ -70,6 +81,47 @@ def test_micro_batches_and_rl(capsys):
     assert further["arguments"]["gradients"] == further["arguments"]["params"]
     # While gradients are made, the optimizer's moments lie in memory unused.
     assert first["resident"]["optimizer"] == optimizer["arguments"]["optimizer"]
+
+
+def test_an_rl_update_is_the_one_that_the_loop_compiles(tokenizer, schema):
+    """The same program, of planned shapes and of a batch that the loop packed and scored."""
+    words = [*TINY, "program=rl", "rows=2", "topology=h100:1"]
+    config = load_config(PlanConfig, None, words)
+    layout = make_layout(config.parallel, jax.devices("cpu")[:1], always=True)
+    assert layout is not None
+    [planned] = programs(config, layout)
+
+    run = RLConfig(prompts=1, rows=2, row_len=512, memory=config.memory)
+    model_config = model_of(config)
+    model = SimpleNamespace(graphdef=graphdef(model_config), schema=schema)
+    rollouts = sample_group(schema, tokenizer, 300)
+    ones = np.ones((1, run.group_size), np.float32)
+    [batches] = micro_batches(run, model, rollouts, ones, ones > 0).updates
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 1000)
+    placement = place_run(layout, model_config, optimizer)
+    state = placed_state(init_params(model_config, 0), optimizer, placement)
+    start = state.params if run.measure_kl_to_start else None
+    score = make_scorer(run, model, layout)
+    batch = score(state.params, None, start, placement.batch(batches[0]))
+    loss = policy_sum(
+        model.graphdef,
+        run.policy_objective,
+        run.memory,
+        layout,
+        rollouts=run.most_rollouts,
+        measure_entropy=run.measure_entropy,
+    )
+    with jax.set_mesh(layout.mesh):
+        traced = make_update(loss, optimizer, placement.state).whole.trace(state, batch)
+    assert traced.in_tree == planned.traced.in_tree
+    assert traced.in_avals == planned.traced.in_avals
+    assert (
+        set(planned.traced.out_info[1]) == set(traced.out_info[1]) >= {"kl_start", "entropy/tags"}
+    )
+    texts = [re.sub("0x[0-9a-f]+", "", str(t.jaxpr)) for t in (planned.traced, traced)]
+    assert texts[0] == texts[1]
+    # Measuring how far the policy is from the start keeps the start in memory.
+    assert planned.resident["params of the start"] == planned.arguments["params"]
 
 
 def test_mistakes_of_the_worker_are_the_users(capsys):

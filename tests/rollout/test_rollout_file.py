@@ -18,6 +18,7 @@ from tests.rollout.small_world import make_model, make_schema
 from tw_jax.errors import UserError
 from tw_jax.rollout.client import ClientConfig, RolloutClient
 from tw_jax.rollout.engine import RolloutEngine
+from tw_jax.rollout.rollout_bytes import rollouts_from_bytes, rollouts_to_bytes
 from tw_jax.rollout.rollout_file import (
     RolloutFile,
     generate_resumably,
@@ -51,6 +52,16 @@ def recorded(rollouts, calls, fail_after=None):
             on_finish(position, by_seed[asked.seed])
 
     return generate
+
+
+def test_bytes_lose_nothing(rollouts):
+    unknown = dataclasses.replace(
+        rollouts[0].units[0], logprobs=np.full_like(rollouts[0].units[0].logprobs, np.nan)
+    )
+    some = [*rollouts, dataclasses.replace(rollouts[0], units=(unknown, *rollouts[0].units[1:]))]
+    again = rollouts_from_bytes(rollouts_to_bytes(some))
+    assert list(map(plain, again)) == list(map(plain, some))
+    assert rollouts_from_bytes(rollouts_to_bytes([])) == []
 
 
 def test_json_loses_nothing(rollouts):

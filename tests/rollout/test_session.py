@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from tests.rollout.small_world import ID, make_model, make_schema
 from tw_jax.errors import UserError
 from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.live_text import finished_text
-from tw_jax.rollout.session import QueueFullError
+from tw_jax.rollout.session import QueueFullError, RolloutsStopped
 
 FEW_STEPS = dataclasses.replace(LOOP, steps_per_dispatch=3)
 
@@ -169,3 +170,29 @@ def test_a_cancelled_request_is_no_source_of_a_shared_beginning(engine, later):
         found = finish(session)
     assert found[cancelled].finish_reason == "cancelled"
     assert [tokens(found[ticket]) for ticket in (kept, came)] == expected
+
+
+def test_rollouts_are_stopped_between_dispatches(engine):
+    params, requests = make_model()[1], small_requests(12)
+    expected = [tokens(rollout) for rollout in engine.generate(params, requests)]
+    finished = {}
+    with pytest.raises(RolloutsStopped, match=r"^[1-9]\d* of 12 rollouts finished"):
+        engine.generate(
+            params,
+            requests,
+            on_finish=finished.__setitem__,
+            should_stop=lambda: len(finished) > 2,
+        )
+    assert 2 < len(finished) < 12
+    assert all(tokens(rollout) == expected[index] for index, rollout in finished.items())
+    with pytest.raises(RolloutsStopped, match="0 of 12"):
+        engine.generate(params, requests, should_stop=lambda: True)
+    again = engine.generate(params, requests, should_stop=lambda: False)
+    assert [tokens(rollout) for rollout in again] == expected
+
+
+def test_ready_weights_do_as_well_as_parameters(engine):
+    params = make_model()[1]
+    weights = jax.device_put(engine.weights(params), jax.devices()[0])
+    (expected,), (found,) = (engine.generate(p, [request(3)]) for p in (params, weights))
+    assert tokens(found) == tokens(expected)

@@ -18,11 +18,11 @@ from tests.train.test_sft import SMALL, losses
 from tw_jax import cli
 from tw_jax.errors import UserError
 from tw_jax.models.lora import AdapterConfig, merged
+from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.rl import run_rl
 from tw_jax.train.run_dir import ModelConfig, load_run, new_model, open_run, save_model
 from tw_jax.train.sft import run_sft
-from tw_jax.train.tracker import read_metrics
 
 NF4 = AdapterConfig(rank=4, base="nf4", block_size=32)
 

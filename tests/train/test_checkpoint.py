@@ -1,5 +1,8 @@
 """Checkpoints come back bit for bit, and only into the run that they belong to."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +48,22 @@ def test_data_state_may_be_bytes_or_nothing(tmp_path):
         assert checkpointer.restore(make_state()).data_state == b"\x00\xff grain"
         checkpointer.save(2, make_state())
         assert checkpointer.restore(make_state()).data_state is None
+
+
+def test_a_reference_is_stored_only_where_there_is_one(tmp_path):
+    """Else checkpoints from before there were references could not be read."""
+    with_reference = dataclasses.replace(make_state(), reference=make_state(seed=5).params)
+    for state, parts in (
+        (make_state(), {"opt_state", "params", "skipped_updates", "step"}),
+        (with_reference, {"opt_state", "params", "reference", "skipped_updates", "step"}),
+    ):
+        folder = tmp_path / str(len(parts))
+        with Checkpointer(folder) as checkpointer:
+            checkpointer.save(1, state)
+            assert_same_bits(checkpointer.restore(state).state, state)
+        (metadata,) = folder.glob("*/training/_METADATA")
+        stored = json.loads(metadata.read_text())["tree_metadata"].values()
+        assert {entry["key_metadata"][0]["key"] for entry in stored} == parts
 
 
 def test_training_goes_on_bit_for_bit(tmp_path):

@@ -10,20 +10,26 @@ from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS
 from tw_jax.rewards.reward import RewardConfig
+from tw_jax.rewards.terms import FormatTerm
 from tw_jax.rollout.engine import EngineConfig
 from tw_jax.rollout.request import SamplingParams
+from tw_jax.train.checkpoint import Checkpointer
+from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.objective import ObjectiveConfig
+from tw_jax.train.reference import ReferenceConfig
 from tw_jax.train.rl import run_rl
 from tw_jax.train.rl_config import RLConfig
+from tw_jax.train.rl_health import HealthConfig
+from tw_jax.train.rollout_samples import RolloutSamplesConfig, read_samples
 from tw_jax.train.run_dir import ModelConfig, load_run, new_model, save_model
-from tw_jax.train.tracker import read_metrics
+from tw_jax.view.run_page import RunViewConfig, view_run
 
 # A random model solves nothing, but some of its short responses are free of broken tags.
 SMALL = RLConfig(
     steps=3,
     prompts=4,
     group_size=4,
-    reward=RewardConfig(format=1.0),
+    reward=RewardConfig(format=FormatTerm(1.0)),
     row_len=512,
     rows=1,
     checkpoint_every=2,
@@ -34,6 +40,7 @@ SMALL = RLConfig(
         context_len=96, rows=8, requests=4, max_blocks=2, max_threads=3, prefill_rows=2
     ),
     optimizer=dataclasses.replace(RLConfig().optimizer, warmup_steps=1),
+    samples=RolloutSamplesConfig(every=1, rollouts=2),
 )
 
 
@@ -91,6 +98,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(uninterrupted, start, tmp_p
         )
         assert a == b
     jax.tree.map(np.testing.assert_array_equal, result.model.params, expected.model.params)
+    first, second = (
+        [(s["step"], s["response"], s["reward"], s["advantage"]) for s in read_samples(path)]
+        for path in (whole / "rollouts.jsonl", folder / "rollouts.jsonl")
+    )
+    assert first == second
+    assert [step for step, *_ in first] == [1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +126,21 @@ def test_other_objectives_run_with_several_updates_per_step(objective, start, tm
             jax.tree.leaves(loaded.params), jax.tree.leaves(load_run(start).params), strict=True
         )
     )
+
+
+@pytest.mark.slow
+def test_a_reference_that_moves_is_kept_in_checkpoints(start, tmp_path):
+    objective = ObjectiveConfig(
+        kl_coefficient=0.5, reference=ReferenceConfig("average", decay=0.5), drop_zero_variance=True
+    )
+    whole = run_rl(config_in(tmp_path / "whole", start, steps=3, objective=objective))
+    for steps in (2, 3):  # the first stops behind a checkpoint
+        resumed = run_rl(config_in(tmp_path / "parts", start, steps=steps, objective=objective))
+    jax.tree.map(np.testing.assert_array_equal, resumed.model.params, whole.model.params)
+    first, second, _ = read_metrics(tmp_path / "whole/metrics.jsonl")
+    # Before the first update the policy is the start; afterwards the average lags behind it.
+    assert first["kl_reference"] == pytest.approx(0, abs=1e-6)
+    assert 0 < second["kl_reference"] < second["kl_start"]
 
 
 def test_micro_batches_and_rows_do_not_change_the_update(start, tmp_path):
@@ -150,10 +178,57 @@ def test_unusable_configurations(start, tmp_path):
         dataclasses.replace(SMALL, updates_per_step=2)
     with pytest.raises(UserError, match="no run at"):
         run_rl(config_in(tmp_path / "run", tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="row_len=16 is too short"):
-        run_rl(config_in(tmp_path / "run", start, row_len=16))
+
+
+def test_a_run_that_can_train_on_nothing_stops_and_says_what_to_do(start, tmp_path):
+    folder, health = tmp_path / "run", HealthConfig(patience_steps=2)
+    config = config_in(folder, start, row_len=2, steps=9, health=health)
+    with pytest.raises(UserError, match=r"stopped after step 2 of 9, saved\..*row_len=2 .*Raise"):
+        run_rl(config)
+    assert [row["left_out/too_long"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 1]
+    with pytest.raises(UserError, match="stopped after step 4 of 9"):  # two more steps of patience
+        run_rl(config)
+    stopped = load_run(folder)
+    assert stopped.step == 4
+    jax.tree.map(np.testing.assert_array_equal, stopped.params, load_run(start).params)
+
+
+def test_several_passes_are_further_updates_off_policy(start, tmp_path):
+    objective = ObjectiveConfig("group_std", "ppo_clip")
+    config = config_in(tmp_path / "run", start, steps=1, passes_per_step=2, objective=objective)
+    result = run_rl(config)
+    (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert row["kl_old"] > 0
+    with Checkpointer(tmp_path / "run/checkpoints") as checkpointer:
+        assert checkpointer.latest_step() == 1
+    assert result.model.step == 1
 
 
 def test_the_start_is_not_changed_by_training(start, uninterrupted):
     fresh = qwen3.init_params(PRESETS[ModelConfig().source], 0)
     jax.tree.map(np.testing.assert_array_equal, load_run(start).params, fresh)
+
+
+def test_a_step_logs_whether_it_can_be_trusted_and_keeps_whole_rollouts(uninterrupted):
+    folder, _ = uninterrupted
+    for row in read_metrics(folder / "metrics.jsonl"):
+        for name in (
+            "logprob_abs_diff_mean", "logprob_abs_diff_max", "logprob_correlation", "kl_start",
+            "entropy", "grad_norm", "reward/accuracy", "acceleration_ratio", "critical_path",
+            "activation_ratio", "format_valid_rate", "blocks_per_rollout", "finish/length",
+            "total_tokens/p90", "rollout_tokens_per_s", "update_tokens_per_s", "time/rollout_s",
+            "time/update_s",
+        ):  # fmt: skip
+            assert np.isfinite(row[name]), name
+        kinds = [name for name in row if name.startswith("entropy/")]
+        assert "entropy/sequential" in kinds
+        assert all(0 <= row[name] <= np.log(512) for name in kinds)
+        assert row["logprob_correlation"] > 0.999
+        assert abs(row["kl_start"]) < 1e-6 if row["step"] == 1 else row["kl_start"] > 0
+    samples = list(read_samples(folder / "rollouts.jsonl"))
+    assert [(s["step"], s["problem"], s["member"]) for s in samples] == [
+        (step, p, 0) for step in (1, 2, 3) for p in range(2)
+    ]
+    tags = ("<Parallel>", "<Outline>", "<Thread>", "</Thread>")
+    assert any(tag in s["response"] for s in samples for tag in tags)
+    assert view_run(RunViewConfig(run_dir=str(folder))).stat().st_size > 10_000

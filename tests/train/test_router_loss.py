@@ -16,8 +16,9 @@ from tests.models.qwen3_reference import (
 from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models import graphdef
 from tw_jax.train.objective import ObjectiveConfig
+from tw_jax.train.policy_sum import policy_sum
 from tw_jax.train.scoring import score_tokens
-from tw_jax.train.update import MemoryConfig, nll_sum, policy_sum
+from tw_jax.train.update import MemoryConfig, nll_sum
 
 OFF = CASES["moe"]
 ON = dataclasses.replace(OFF, moe=dataclasses.replace(OFF.moe, router_aux_loss_coef=0.5))

@@ -10,6 +10,7 @@ from tw_jax.models.config import PRESETS
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import Request, SamplingParams
 from tw_jax.train.group_forest import group_forest
+from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.scoring import token_logprobs
 
 OUTLINES = (
@@ -42,7 +43,8 @@ def rollouts(request, tokenizer, schema):
 
 def test_every_sampled_token_has_the_same_log_probability(rollouts, schema):
     graphdef, params, sampled = rollouts
-    forests = [group_forest(schema, [r], [1.0], [i], "token_mean") for i, r in enumerate(sampled)]
+    objective = ObjectiveConfig()
+    forests = [group_forest(schema, [r], [1.0], [i], objective) for i, r in enumerate(sampled)]
     rows = best_fit_rows([len(forest.trie) for forest in forests], 512)
     batch = pack_rows([[forests[i] for i in row] for row in rows], 512)
     trained = jax.jit(lambda p, b: token_logprobs(graphdef, p, b, head_chunk=4096, remat="none"))(

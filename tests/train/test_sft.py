@@ -16,9 +16,9 @@ from tw_jax.config import to_yaml
 from tw_jax.data.export_task import export_task
 from tw_jax.errors import UserError
 from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.run_dir import load_run
 from tw_jax.train.sft import SFTConfig, SFTDataConfig, run_sft
-from tw_jax.train.tracker import read_metrics
 
 SMALL = SFTConfig(
     steps=12,

@@ -25,10 +25,11 @@ from tw_jax.data.trajectory_file import read_trajectories
 from tw_jax.errors import UserError
 from tw_jax.parallel.layout import Layout, ShardingRules
 from tw_jax.tasks.registry import TaskConfig, make_task
+from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.run_dir import new_model
 from tw_jax.train.sft import SFTConfig, SFTDataConfig, run_sft
 from tw_jax.train.sft_data import held_rows, training_batches, useful_tokens
-from tw_jax.train.tracker import TrackerConfig, read_metrics
+from tw_jax.train.tracker import TrackerConfig
 from tw_jax.train.update import MemoryConfig, nll_sum
 
 REPOSITORY = pathlib.Path(__file__).parents[2]

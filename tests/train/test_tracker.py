@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 
 from tw_jax.errors import UserError
-from tw_jax.train.tracker import (
-    CompositeTracker,
-    JsonlTracker,
-    TensorBoardTracker,
-    TrackerConfig,
-    make_tracker,
-    read_metrics,
-)
+from tw_jax.train.jsonl_tracker import JsonlTracker, read_metrics
+from tw_jax.train.tensorboard_tracker import TensorBoardTracker
+from tw_jax.train.tracker import CompositeTracker, TrackerConfig, make_tracker
 
 
 def steps(path):

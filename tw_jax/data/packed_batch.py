@@ -27,11 +27,18 @@ class PackedBatch:
       hidden_end: see `hidden_start`; both 0 where unused.
       loss_weight: weight of the token's negative log-probability; 0 for prompts, padding and
         forced tokens.
+      kl_weight: RL only; weight of the token's KL term; None: `loss_weight`.
+      denominator: RL only; the token's share in what sums are divided by; None: `loss_weight`.
       advantage: RL only; the advantage of the token's rollout.
       old_logprob: RL only; log-probability under the policy that starts the update.
       sampler_logprob: RL only; log-probability that the rollout engine recorded.
-      reference_logprob: RL with a KL term only; log-probability under the frozen reference.
-      rollout_id: RL only; index of the rollout in the batch, -1 for tokens without loss.
+      reference_logprob: RL with a KL term only; log-probability under the reference.
+      start_logprob: RL only, if measured; log-probability under the model that the run started
+        from.
+      rollout_id: RL only; index of the rollout in the step, -1 for tokens without loss.
+      region: RL only; a `tw_jax.train.token_regions.TokenRegion`, -1 for tokens without loss.
+      policy_version: RL only; training steps behind the parameters that sampled the token, -1 where
+        nobody knows.
     """
 
     tokens: Any
@@ -41,11 +48,16 @@ class PackedBatch:
     hidden_start: Any
     hidden_end: Any
     loss_weight: Any
+    kl_weight: Any = None
+    denominator: Any = None
     advantage: Any = None
     old_logprob: Any = None
     sampler_logprob: Any = None
     reference_logprob: Any = None
+    start_logprob: Any = None
     rollout_id: Any = None
+    region: Any = None
+    policy_version: Any = None
 
     @property
     def row_len(self) -> int:

@@ -49,22 +49,48 @@ class LossWeights:
 
 
 @dataclasses.dataclass(frozen=True)
+class PolicyTokens:
+    """What the update of RL needs of each token besides its loss weight; see `PackedBatch`.
+
+    Attributes:
+      kl_weight: `[len]`.
+      denominator: `[len]`.
+      advantage: `[len]`.
+      sampler_logprob: `[len]`.
+      rollout_id: `[len]`; -1 for tokens without loss.
+      region: `[len]`; -1 for tokens without loss.
+      policy_version: `[len]`; -1 for tokens without loss.
+    """
+
+    kl_weight: Float32[np.ndarray, "len"]
+    denominator: Float32[np.ndarray, "len"]
+    advantage: Float32[np.ndarray, "len"]
+    sampler_logprob: Float32[np.ndarray, "len"]
+    rollout_id: Int32[np.ndarray, "len"]
+    region: Int32[np.ndarray, "len"]
+    policy_version: Int32[np.ndarray, "len"]
+
+    @classmethod
+    def blank(cls, shape: tuple[int, ...]) -> "PolicyTokens":
+        """What tokens without loss hold."""
+        floats = [np.zeros(shape, np.float32) for _ in range(4)]
+        ids = [np.full(shape, -1, np.int32) for _ in range(3)]
+        return cls(*floats, *ids)
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightedTrie:
     """A trie with the loss weight of each token, and in RL what the update needs besides.
 
     Attributes:
       trie: the forest.
       loss_weight: `[len]`.
-      advantage: RL only, `[len]`.
-      sampler_logprob: RL only, `[len]`.
-      rollout_id: RL only, `[len]`; -1 for tokens without loss.
+      policy: RL only.
     """
 
     trie: Trie
     loss_weight: Float32[np.ndarray, "len"]
-    advantage: Float32[np.ndarray, "len"] | None = None
-    sampler_logprob: Float32[np.ndarray, "len"] | None = None
-    rollout_id: Int32[np.ndarray, "len"] | None = None
+    policy: PolicyTokens | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,24 +228,27 @@ def lay_out_rows(rows: Sequence[Sequence[Trie]], row_len: int) -> TrieRows:
     )
 
 
-def pack_rows(rows: Sequence[Sequence[WeightedTrie]], row_len: int) -> PackedBatch:
-    """Lays weighted tries into rows (`lay_out_rows`); padding weighs nothing."""
+def pack_rows(
+    rows: Sequence[Sequence[WeightedTrie]], row_len: int, *, policy: bool = False
+) -> PackedBatch:
+    """Lays weighted tries into rows (`lay_out_rows`); padding weighs nothing.
+
+    Args:
+      rows: the tries of every row.
+      row_len: tokens per row.
+      policy: the batch is for RL, even if it should hold nothing.
+    """
     laid = lay_out_rows([[item.trie for item in row] for row in rows], row_len)
-    shape = laid.tokens.shape
-    weight, advantage, sampler = (np.zeros(shape, np.float32) for _ in range(3))
-    rollout_id = np.full(shape, -1, np.int32)
-    rl = False
+    weight = np.zeros(laid.tokens.shape, np.float32)
+    tokens = PolicyTokens.blank(laid.tokens.shape)
+    names = [field.name for field in dataclasses.fields(PolicyTokens)]
     for r, row in enumerate(rows):
         for item, span in zip(row, laid.spans[r], strict=True):
             weight[r, span] = item.loss_weight
-            if (
-                item.advantage is not None
-                and item.sampler_logprob is not None
-                and item.rollout_id is not None
-            ):
-                rl = True
-                advantage[r, span], sampler[r, span] = item.advantage, item.sampler_logprob
-                rollout_id[r, span] = item.rollout_id
+            if item.policy is not None:
+                policy = True
+                for name in names:
+                    getattr(tokens, name)[r, span] = getattr(item.policy, name)
     return PackedBatch(
         tokens=laid.tokens,
         positions=laid.positions,
@@ -228,7 +257,5 @@ def pack_rows(rows: Sequence[Sequence[WeightedTrie]], row_len: int) -> PackedBat
         hidden_start=laid.hidden_start,
         hidden_end=laid.hidden_end,
         loss_weight=weight,
-        advantage=advantage if rl else None,
-        sampler_logprob=sampler if rl else None,
-        rollout_id=rollout_id if rl else None,
+        **({name: getattr(tokens, name) for name in names} if policy else {}),
     )

@@ -2,9 +2,9 @@ r"""Problems with reference answers, of any source of records (`tw_jax.data.reco
 
     {"prompt": "How many primes are below 10?", "answer": "4", "id": "7"}
 
-The prompt is text or a list of turns; the answer is text or a number; the id may be missing. Kinds
-of rejects: those of `read_records`, `text_field` and `read_turns`, `duplicate_id` and
-`duplicate_problem`.
+The prompt is text or a list of turns; the answer is text, a number or an object, which graders get
+as JSON; the id may be missing. Kinds of rejects: those of `read_records`, `text_field` and
+`read_turns`, `duplicate_id` and `duplicate_problem`.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from tw_jax.data.records import (
     Record,
     RejectedRecord,
     UniqueIds,
+    answer_field,
     id_field,
     read_records,
     required_answer,
@@ -45,7 +46,7 @@ class ProblemRecord:
     Attributes:
       id: names it; its place in the source where no field does.
       prompt: the question; of a chat, the last turn's text.
-      answer: the reference.
+      answer: the reference; empty where a problem may do without.
       file: where it was read.
       line: its number there, from 1.
       chat: the turns, where the prompt is a chat.
@@ -60,9 +61,19 @@ class ProblemRecord:
 
 
 def read_problems(
-    sources: Sequence[str], columns: ProblemColumns, rejects: Rejects
+    sources: Sequence[str],
+    columns: ProblemColumns,
+    rejects: Rejects,
+    *,
+    needs_answers: bool = True,
 ) -> list[ProblemRecord]:
     """Reads the good problems of all sources in order; bad ones go to `rejects`.
+
+    Args:
+      sources: what to read.
+      columns: names of fields.
+      rejects: record of bad problems.
+      needs_answers: whether a problem without an answer is a bad one.
 
     Raises:
       UserError: a source cannot be read.
@@ -72,7 +83,7 @@ def read_problems(
     for source in sources:
         for record in read_records(source, rejects):
             try:
-                problem = _problem(record, columns)
+                problem = _problem(record, columns, needs_answers)
                 ids.require_new(problem.id, columns.id)
                 same = problem.chat or problem.prompt
                 if same in asked:
@@ -91,7 +102,7 @@ def read_problems(
     return problems
 
 
-def _problem(record: Record, columns: ProblemColumns) -> ProblemRecord:
+def _problem(record: Record, columns: ProblemColumns, needs_answers: bool) -> ProblemRecord:
     chat: tuple[Turn, ...] = ()
     if isinstance(turns := record.value(columns.prompt), list):
         chat = read_turns(turns, columns.prompt)
@@ -99,10 +110,11 @@ def _problem(record: Record, columns: ProblemColumns) -> ProblemRecord:
     else:
         prompt = required_text(record, columns.prompt)
     identity = id_field(record, columns.id)
+    read_answer = required_answer if needs_answers else answer_field
     return ProblemRecord(
         id=f"{record.file}:{record.line}" if identity is None else str(identity),
         prompt=prompt,
-        answer=required_answer(record, columns.answer),
+        answer=read_answer(record, columns.answer) or "",
         file=record.file,
         line=record.line,
         chat=chat,

@@ -133,7 +133,9 @@ def text_field(record: Record, name: str, *, empty_ok: bool = False) -> str | No
 
 
 def answer_field(record: Record, name: str) -> str | None:
-    """A reference answer, None where it is missing or null; many sets hold numbers as such.
+    """A reference answer, None where it is missing or null.
+
+    Many sets hold numbers as such, and what a verifier needs as an object, which becomes JSON.
 
     Raises:
       RejectedRecord: those of `text_field`.
@@ -141,6 +143,8 @@ def answer_field(record: Record, name: str) -> str | None:
     value = record.value(name)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, Mapping):
+        return json.dumps(value)
     return text_field(record, name, empty_ok=True)
 
 

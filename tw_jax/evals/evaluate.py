@@ -15,7 +15,8 @@ from typing import Any
 import rich.console
 import rich.table
 
-from tw_jax.config_checks import require_seed
+from tw_jax.config_checks import require_seed, require_share
+from tw_jax.data.problem_file import ProblemColumns
 from tw_jax.data.whole_file import whole_file
 from tw_jax.evals.metrics import (
     Interval,
@@ -25,8 +26,10 @@ from tw_jax.evals.metrics import (
     summarize,
     token_latency_speedup,
 )
+from tw_jax.evals.problem_files import evaluate_sources
 from tw_jax.evals.problems import record_rollout, style_request
 from tw_jax.evals.wall_clock import measure_wall_clock, wall_clock_engines
+from tw_jax.rewards.graders import GradingConfig
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
 from tw_jax.rollout.request import SamplingParams, sampling_seed
 from tw_jax.rollout.rollout import Rollout
@@ -43,11 +46,18 @@ class EvalConfig:
     Attributes:
       checkpoint: folder of the run whose model is measured.
       step: checkpoint step; null takes the newest.
-      task: source of problems.
-      split: which problems; training never shows those of "heldout".
-      count: problems.
+      task: source of problems where none are named; it grades its own answers.
+      split: which problems of the task; training never shows those of "heldout".
+      count: problems of the task.
+      problems: sources of problems: .jsonl, .parquet, .array_record, a saved dataset, hf://NAME;
+        all of them are asked. Empty takes problems of the task.
+      columns: names of the problems' fields.
+      as_chat: put prompts that are plain text through the model's chat template.
+      max_reject_share: more bad problems than this share stop the run before it samples anything.
+      grading: how answers to problems from sources are judged.
       samples_per_problem: rollouts of each problem in each style (the n of avg@n and maj@n).
-      styles: "sequential" and "parallel" force a style, "free" lets the model choose.
+      styles: "sequential" and "parallel" force a style, "free" lets the model choose. Only problems
+        of a task can be forced to be parallel.
       sampling: how rollouts are drawn; temperature 0 is greedy.
       seed: of problems and sampling.
       engine: size of the rollout engine.
@@ -61,6 +71,11 @@ class EvalConfig:
     task: TaskConfig = TaskConfig()
     split: Split = "heldout"
     count: int = 128
+    problems: tuple[str, ...] = ()
+    columns: ProblemColumns = ProblemColumns()
+    as_chat: bool = False
+    max_reject_share: float = 0.1
+    grading: GradingConfig = GradingConfig()
     samples_per_problem: int = 1
     styles: tuple[Style, ...] = ("sequential", "parallel", "free")
     sampling: SamplingParams = SamplingParams()
@@ -72,6 +87,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require_seed(self)
+        require_share(self, "max_reject_share")
+        if self.problems and ("parallel" in self.styles or self.wall_clock_problems):
+            raise ValueError(
+                "problems: styles=parallel and wall_clock_problems force a style by a task's first "
+                "characters; take styles=[sequential,free] and wall_clock_problems=0"
+            )
         if not self.styles or len(set(self.styles)) != len(self.styles):
             raise ValueError(f"styles={list(self.styles)}: name at least one, none of them twice")
         for name, least in (
@@ -146,35 +167,54 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
 
     Returns:
       What is written to `config.output`: {"checkpoint", "step", "summaries" by style,
-      "token_latency_speedup" (null unless both forced styles were run), "wall_clock" (null unless
-      asked for), "records" by style}.
+      "token_latency_speedup" (of parallel, or else of free style; null unless sequential style was
+      run too), "wall_clock" (null unless asked for), "records" by style, "ungraded" (answers to
+      problems from sources that could not be graded, by kind)}.
 
     Raises:
-      UserError: no such run, or the output cannot be written.
+      UserError: no such run, problems or a grader that cannot be used, or the output cannot be
+        written.
     """
     model = load_run(config.checkpoint, config.step)
     task = make_task(config.task)
     engine = RolloutEngine(model.graphdef, model.schema, config.engine)
-    records: dict[Style, list[RolloutRecord]] = {
-        style: evaluate(
+    ungraded: Mapping[str, int] = {}
+    records: Mapping[Style, list[RolloutRecord]]
+    if config.problems:
+        records, ungraded = evaluate_sources(
             engine,
-            model.params,
-            model.schema,
-            model.tokenizer,
-            task,
-            split=config.split,
-            count=config.count,
-            style=style,
+            model,
+            config.problems,
+            columns=config.columns,
+            as_chat=config.as_chat,
+            max_reject_share=config.max_reject_share,
+            grading=config.grading,
+            styles=config.styles,
             sampling=config.sampling,
             seed=config.seed,
             samples_per_problem=config.samples_per_problem,
-        )[0]
-        for style in config.styles
-    }
+        )
+    else:
+        records = {
+            style: evaluate(
+                engine,
+                model.params,
+                model.schema,
+                model.tokenizer,
+                task,
+                split=config.split,
+                count=config.count,
+                style=style,
+                sampling=config.sampling,
+                seed=config.seed,
+                samples_per_problem=config.samples_per_problem,
+            )[0]
+            for style in config.styles
+        }
     summaries = {style: summarize(found) for style, found in records.items()}
-    speedup = None
-    if "sequential" in records and "parallel" in records:
-        speedup = token_latency_speedup(records["sequential"], records["parallel"])
+    speedup, faster = None, "parallel" if "parallel" in records else "free"
+    if "sequential" in records and faster in records:
+        speedup = token_latency_speedup(records["sequential"], records[faster])
     wall_clock = None
     if config.wall_clock_problems:
         wall_clock = measure_wall_clock(
@@ -191,7 +231,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         )
     rich.console.Console().print(_summary_table(summaries, config.samples_per_problem))
     if speedup:
-        print(f"token-latency speedup {speedup.mean:.2f}x, sequential / parallel critical path")
+        print(f"token-latency speedup {speedup.mean:.2f}x, sequential / {faster} critical path")
     if wall_clock:
         print(f"wall-clock speedup {wall_clock.speedup.mean:.2f}x, one problem at a time")
     results = {
@@ -201,6 +241,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         "token_latency_speedup": speedup.to_json() if speedup else None,
         "wall_clock": wall_clock.to_json() if wall_clock else None,
         "records": {style: [r.to_json() for r in found] for style, found in records.items()},
+        "ungraded": dict(ungraded),
     }
     if config.output is not None:
         write_json_lines(config.output, [results])

@@ -69,6 +69,16 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
+def gathered_bytes(data: bytes) -> list[bytes]:
+    """What every process gives, in the order of processes; all of them must call it."""
+    if jax.process_count() == 1:
+        return [data]
+    raw = np.frombuffer(data, np.uint8)
+    lengths = multihost_utils.process_allgather(np.int64(raw.size))
+    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(lengths.max()) - raw.size)))
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
 @contextlib.contextmanager
 def led_by_first_process() -> Iterator[Callable[[], None]]:
     """A block in which the first process does what may fail, and the others go along.

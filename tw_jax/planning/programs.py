@@ -31,10 +31,11 @@ from tw_jax.rollout.network import Weights
 from tw_jax.rollout.placement import engine_placement
 from tw_jax.rollout.state import new_state
 from tw_jax.tasks.character_tokenizer import load_tokenizer
-from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tw_jax.train.placement import abstract_state, place_run
-from tw_jax.train.update import make_update, nll_sum, policy_sum
+from tw_jax.train.policy_sum import policy_sum
+from tw_jax.train.rl_config import RLConfig
+from tw_jax.train.update import make_update, nll_sum
 from tw_jax.trajectory.schemas import make_schema
 
 ATTENTION = "tree_attention"
@@ -134,16 +135,27 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
     shapes = abstract_params(model)
     places = place_run(layout, model, optimizer).state
     assert places is not None  # there is a layout
-    if config.program == "sft":
+    rl = config.program == "rl"
+    if not rl:
         loss = nll_sum(graphdef(model), config.memory, layout)
     else:
-        loss = policy_sum(graphdef(model), ObjectiveConfig(), config.memory, layout)
+        run = RLConfig()
+        loss = policy_sum(
+            graphdef(model),
+            run.policy_objective,
+            config.memory,
+            layout,
+            rollouts=run.most_rollouts,
+            measure_entropy=run.measure_entropy,
+        )
     update = make_update(loss, optimizer, places)
 
     state = _placed(abstract_state(shapes, optimizer), places)
-    batch = _abstract_batch(layout, rows, config.row_len, rl=config.program == "rl")
+    batch = _abstract_batch(layout, rows, config.row_len, rl=rl)
     params, moments = {"params": _size(state.params)}, {"optimizer": _size(state.opt_state)}
     inputs = {"batch": _size(batch)}
+    # RL measures how far the policy is from its start, whose parameters stay.
+    start = {"params of the start": _size(state.params)} if rl else {}
     local_rows = rows // layout.size("batch")
     backend = backend_on(layout, config.memory.attention)
     tile = _tile_of(config, model, layout, backend)
@@ -156,7 +168,7 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
         with jax.set_mesh(layout.mesh):
             whole = update.whole.trace(state, batch)
         taken = params | moments | inputs
-        return [Program("update", 1, whole, scopes, taken, {}, backend, skew)]
+        return [Program("update", 1, whole, scopes, taken, start, backend, skew)]
     grads = {"gradients": _size(state.params)}
     with jax.set_mesh(layout.mesh):
         first = update.first.trace(state.params, batch)
@@ -165,10 +177,11 @@ def _update(config: PlanConfig, layout: Layout) -> list[Program]:
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated())
         apply = update.apply.trace(state, total[0], scalar)
     further, taken, given = config.micro_batches - 1, params | grads | inputs, params | inputs
+    beside = moments | start
     return [
-        Program("first micro-batch", 1, first, scopes, given, moments, backend, skew),
-        Program("further micro-batch", further, accumulate, scopes, taken, moments, backend, skew),
-        Program("optimizer", 1, apply, {}, params | moments | grads, inputs),
+        Program("first micro-batch", 1, first, scopes, given, beside, backend, skew),
+        Program("further micro-batch", further, accumulate, scopes, taken, beside, backend, skew),
+        Program("optimizer", 1, apply, {}, params | moments | grads, inputs | start),
     ]
 
 
@@ -229,13 +242,13 @@ def _weight_places(model: Qwen3Config, places: Any) -> Weights:
 
 
 def _abstract_batch(layout: Layout, rows: int, row_len: int, *, rl: bool) -> PackedBatch:
+    """Shapes of what an update is given."""
 
     def array(dtype: Any, *leading: int) -> jax.ShapeDtypeStruct:
         sharding = layout.sharding((*[None] * len(leading), "batch", "length"))
         return jax.ShapeDtypeStruct((*leading, rows, row_len), dtype, sharding=sharding)
 
-    floats = {name: array(jnp.float32) for name in ("advantage", "sampler_logprob") if rl}
-    return PackedBatch(
+    batch = PackedBatch(
         tokens=array(jnp.int32),
         positions=array(jnp.int32),
         parent=array(jnp.int32),
@@ -243,8 +256,20 @@ def _abstract_batch(layout: Layout, rows: int, row_len: int, *, rl: bool) -> Pac
         hidden_start=array(jnp.int32, 0),
         hidden_end=array(jnp.int32, 0),
         loss_weight=array(jnp.float32),
-        rollout_id=array(jnp.int32) if rl else None,
-        **floats,
+    )
+    if not rl:
+        return batch
+    # What the batches of a run of P-GRPO with default settings hold (`tw_jax.train.rl_batches`).
+    return dataclasses.replace(
+        batch,
+        kl_weight=array(jnp.float32),
+        denominator=array(jnp.float32),
+        advantage=array(jnp.float32),
+        sampler_logprob=array(jnp.float32),
+        start_logprob=array(jnp.float32),
+        rollout_id=array(jnp.int32),
+        region=array(jnp.int32),
+        policy_version=array(jnp.int32),
     )
 
 

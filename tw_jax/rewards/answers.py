@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-_THINKING_END = "</think>"
+_THINKING, _THINKING_END = "<think>", "</think>"
 _BOXES = ("\\boxed", "\\fbox")
 # "B", "(B)", "B.", "\text{(B)}": a letter of a multiple-choice question and nothing else.
 _CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm)\s*\{)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*\}?")
@@ -20,12 +20,15 @@ def answer_part(response: str, behind_blocks: str | None = None) -> str:
       behind_blocks: its part behind the last parallel block, where it has one.
 
     Returns:
-      The text behind the last `</think>`; without one, behind the last parallel block; without
-      that, the whole response.
+      The text behind the last `</think>`; nothing, where the thinking began and was cut off;
+      without any thinking, what stands behind the last parallel block; without that, the whole
+      response.
     """
     _, mark, behind = response.rpartition(_THINKING_END)
     if mark:
         return behind
+    if _THINKING in response:
+        return ""
     return response if behind_blocks is None else behind_blocks
 
 

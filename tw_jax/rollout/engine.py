@@ -34,9 +34,9 @@ from tw_jax.rollout.rollout import Rollout
 from tw_jax.rollout.sampling import BLOCK_STRIDE
 from tw_jax.rollout.sampling_table import check_sampling
 from tw_jax.rollout.script import check_script
-from tw_jax.rollout.session import Session
+from tw_jax.rollout.session import RolloutsStopped, Session
 from tw_jax.rollout.state import EngineState, new_state
-from tw_jax.rollout.weights import Weights, decoding_weights
+from tw_jax.rollout.weights import Weights, WeightsFormat, decoding_weights
 from tw_jax.trajectory.schema import Schema
 
 OnFinish = Callable[[int, Rollout], None]
@@ -149,9 +149,9 @@ class RolloutEngine:
           UserError: schema, model, sizes and mesh do not fit each other.
         """
         self.config, self.schema = config, schema
-        self._model_config = _model_config(graphdef)
-        _check_fit(self._model_config, schema, config)
-        program = _program(self._model_config, schema, config)
+        self.model_config = _model_config(graphdef)
+        _check_fit(self.model_config, schema, config)
+        program = _program(self.model_config, schema, config)
         self.program = dataclasses.replace(program, controller=controller)
         self.placement = None if layout is None else engine_placement(layout, self.program)
         self.state: EngineState | None = None
@@ -169,12 +169,10 @@ class RolloutEngine:
             return jax.jit(functools.partial(part, program), donate_argnums=0, **places)
 
         self.advance = jax.jit(run, donate_argnums=1, **state_and_report)
+        dtype, transpose = self.model_config.compute_dtype, layout is None and _on_cpu()
+        self.weights_format = WeightsFormat(dtype, transpose)
         self.weights = jax.jit(
-            functools.partial(
-                decoding_weights,
-                dtype=self._model_config.compute_dtype,
-                transpose=layout is None and _on_cpu(),
-            )
+            functools.partial(decoding_weights, dtype=dtype, transpose=transpose)
         )
         self._new_state = jax.jit(functools.partial(new_state, program), **like_state)
         self.keep_prefix = on_state(keep_prefix, state_and_report)
@@ -184,13 +182,16 @@ class RolloutEngine:
         self.harvest = on_state(harvest, state_and_report)
 
     @contextlib.contextmanager
-    def session(self, params: Params, *, max_queue: int | None = None) -> Iterator[Session]:
+    def session(
+        self, params: Params | Weights, *, max_queue: int | None = None
+    ) -> Iterator[Session]:
         """Opens the engine for requests that come and go; one session at a time.
 
         Requests that still run at the end are dropped.
 
         Args:
-          params: the model's parameters.
+          params: the model's parameters, or weights in the engine's `weights_format`, bound to its
+            devices.
           max_queue: most requests that wait for a place; None for any number.
 
         Raises:
@@ -205,39 +206,53 @@ class RolloutEngine:
         state, self.state = self.state, None
         self._open = True
         try:
-            weights = self.weights(params)
-            places = jax.tree.map(lambda leaf: leaf.sharding, weights)
-            # All of it is bound to its devices: what is not would be compiled for once more.
-            weights = jax.device_put(weights, places)
+            weights = params if isinstance(params, Weights) else self._weights_of(params)
             if state is None:
-                state = self._new_state()
-                if self.placement is None:
-                    state = jax.device_put(state, jax.tree.leaves(places)[0])
+                state = self._state_beside(weights)
             session = Session(self, weights, state, max_queue)
             yield session
             self.state = None if session.running else session.state
         finally:
             self._open = False
 
+    def _weights_of(self, params: Params) -> Weights:
+        weights = self.weights(params)
+        places = jax.tree.map(lambda leaf: leaf.sharding, weights)
+        # All of it is bound to its devices: what is not would be compiled for once more.
+        return jax.device_put(weights, places)
+
+    def _state_beside(self, weights: Weights) -> EngineState:
+        """A new state, on one device never anywhere but with the weights."""
+        if self.placement is not None:
+            return self._new_state()
+        place = jax.tree.leaves(weights)[0].sharding
+        (device,) = place.device_set
+        with jax.default_device(device):
+            return jax.device_put(self._new_state(), place)
+
     def generate(
         self,
-        params: Params,
+        params: Params | Weights,
         requests: Sequence[Request],
         *,
         on_finish: OnFinish | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[Rollout]:
         """Samples one rollout per request.
 
         Args:
-          params: the model's parameters.
+          params: see `session`.
           requests: any number; those beyond `config.requests` enter as others finish.
           on_finish: called with (index, rollout) as rollouts finish, in that order.
+          should_stop: asked before every dispatch; a yes ends the call. What spans processes must
+            give all of them the same answers.
 
         Returns:
           Rollouts in the order of the requests.
 
         Raises:
           UserError: a request does not fit the engine; names it. Nothing was sampled then.
+          RolloutsStopped: `should_stop` said yes; `on_finish` has had those that were finished.
           RuntimeError: the engine made no progress, which is a bug of ours.
         """
         for index, request in enumerate(requests):
@@ -247,6 +262,8 @@ class RolloutEngine:
             for request in requests:
                 session.submit(request)
             while session.busy:
+                if should_stop is not None and should_stop():
+                    raise RolloutsStopped(f"{len(results)} of {len(requests)} rollouts finished")
                 for index, rollout in session.poll():
                     results[index] = rollout
                     if on_finish is not None:
@@ -259,7 +276,7 @@ class RolloutEngine:
         Raises:
           UserError: it cannot; says `name`, the field and the remedy.
         """
-        _check_request(name, request, self.config, self._model_config)
+        _check_request(name, request, self.config, self.model_config)
         if request.timeout_s is not None and self.placement and self.placement.spans_processes:
             raise UserError(
                 f"{name}: timeout_s={request.timeout_s}: the clocks of several processes do not "

@@ -62,6 +62,8 @@ class Rollout:
       critical_path: tokens on the longest chain of dependent tokens (DESIGN section 11).
       total_tokens: tokens appended after the prompt, each once.
       duplicate_outlines: outline numbers that were dropped because they repeated an earlier one.
+      policy_version: training steps behind the parameters that sampled all of its tokens; None
+        where nobody counts them.
     """
 
     trajectory: Trajectory
@@ -70,6 +72,7 @@ class Rollout:
     critical_path: int
     total_tokens: int
     duplicate_outlines: int = 0
+    policy_version: int | None = None
 
     @property
     def prompt(self) -> Int32[np.ndarray, "prompt"]:

@@ -1,7 +1,7 @@
 """Finished rollouts as JSON lines, so that sampling that was killed goes on where it stopped.
 
 One line holds `{"key", "rollout"}`. The key depends on the request and on what answers it, so a
-changed prompt, budget, seed or model is sampled again. A line is written with one call and synced;
+changed prompt, budget, seed or model is sampled again. A line is written with one call:
 what a crash tore is the last line at most, which is dropped when the file is opened again.
 Unknown log-probabilities are null.
 """
@@ -37,6 +37,7 @@ def generate_resumably(
     *,
     source: str,
     on_finish: OnFinish | None = None,
+    sync: bool = True,
 ) -> list[Rollout]:
     """Samples what a file does not hold yet, and appends every rollout as it finishes.
 
@@ -49,6 +50,8 @@ def generate_resumably(
         `RolloutEngine.generate` with its parameters, or `RolloutClient.generate`.
       source: what answers: a run and its step, a server's model. Rollouts of another are not taken.
       on_finish: called with (index, rollout), first for those that the file holds.
+      sync: wait until each rollout is on the disk; else a crash of the machine, though not of the
+        process, may lose the last ones.
 
     Returns:
       Rollouts in the order of the requests.
@@ -57,7 +60,7 @@ def generate_resumably(
       UserError: the file cannot be read or written, or what `generate` raises.
     """
     keys = request_keys(requests, source)
-    with RolloutFile(path) as file:
+    with RolloutFile(path, sync=sync) as file:
         rollouts = {i: file.done[key] for i, key in enumerate(keys) if key in file.done}
         for index, rollout in rollouts.items():
             if on_finish is not None:
@@ -103,13 +106,17 @@ class RolloutFile:
       done: the rollouts it holds, by key.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, sync: bool = True) -> None:
         """Reads the file and drops a torn last line.
+
+        Args:
+          path: the file; made where there is none.
+          sync: wait until what is written is on the disk.
 
         Raises:
           UserError: it cannot be opened, or holds a line that is no rollout.
         """
-        self._path = pathlib.Path(path)
+        self._path, self._sync = pathlib.Path(path), sync
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -149,31 +156,38 @@ class RolloutFile:
             written = os.write(self._descriptor, data)
             if written < len(data):
                 raise OSError(None, f"{written} of {len(data)} bytes written; is the disk full?")
-            os.fsync(self._descriptor)
+            if self._sync:
+                os.fsync(self._descriptor)
         except OSError as error:
             raise UserError(f"rollouts {self._path}: cannot write ({error.strerror})") from error
 
 
 def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
     """A rollout as plain JSON; nothing is lost."""
-    trajectory = rollout.trajectory
+    fields = rollout_fields(rollout)
+    tokens = fields["trajectory"]["tokens"].tolist()
     units = []
-    for unit in rollout.units:
-        logprobs = [None if math.isnan(p) else p for p in unit.logprobs.tolist()]
-        units.append({**vars(unit), "completion": unit.completion.tolist(), "logprobs": logprobs})
+    for unit in fields["units"]:
+        logprobs = [None if math.isnan(p) else p for p in unit["logprobs"].tolist()]
+        units.append({**unit, "completion": unit["completion"].tolist(), "logprobs": logprobs})
+    return {**fields, "trajectory": {**fields["trajectory"], "tokens": tokens}, "units": units}
+
+
+def rollout_fields(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as plain dicts and lists, with its arrays as they are."""
+    trajectory = rollout.trajectory
     return {
         **vars(rollout),
         "trajectory": {
             **vars(trajectory),
-            "tokens": trajectory.tokens.tolist(),
             "blocks": [dataclasses.asdict(block) for block in trajectory.blocks],
         },
-        "units": units,
+        "units": [dict(vars(unit)) for unit in rollout.units],
     }
 
 
 def rollout_from_json(value: Mapping[str, Any]) -> Rollout:
-    """The rollout that `rollout_to_json` wrote.
+    """The rollout that `rollout_to_json` wrote, or `rollout_fields`.
 
     Raises:
       KeyError: a field is missing.

@@ -42,6 +42,10 @@ class QueueFullError(UserError):
     """As many requests wait as the session takes."""
 
 
+class RolloutsStopped(Exception):
+    """The caller asked for rollouts to stop; those that still ran are dropped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Waiting:
     ticket: int

@@ -11,15 +11,15 @@ as one product each.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
-from tw_jax.models import Params, head_matrix, unstack_layers
+from tw_jax.models import Params, head_matrix
 from tw_jax.models.matrices import StoredMatrix
 
 # The matrices of a layer; those of experts are stacks, and multiplied in groups.
@@ -65,7 +65,7 @@ class Weights:
     """Parameters as decoding reads them.
 
     Attributes:
-      params: as training has them, but with no layers in the stack.
+      params: as training has them, but with nothing in the stack of layers and in the head.
       layers: each layer's own.
       head: `[hidden, vocab]`.
     """
@@ -75,33 +75,114 @@ class Weights:
     head: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How an array that decoding reads follows from one of the parameters.
+
+    Attributes:
+      part: all of it, one of the layers stacked in it, or nothing of it.
+      dtype: to convert to; None leaves it as it is.
+      transposed: the other way round.
+    """
+
+    part: Literal["all", "layer", "nothing"] = "all"
+    dtype: str | None = None
+    transposed: bool = False
+
+    def of(self, leaf: Array, layer: int | Int32[Array, ""]) -> Array:
+        """The array.
+
+        Args:
+          leaf: of the parameters.
+          layer: which one; any number where it is not one of the layers.
+        """
+        if self.part == "nothing":
+            return leaf[:0]
+        part = leaf[layer] if self.part == "layer" else leaf
+        part = part if self.dtype is None else part.astype(self.dtype)
+        return part.T if self.transposed else part
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """An array that decoding reads, not made yet. In a plan it stands in the array's place.
+
+    Attributes:
+      leaf: the array of the parameters that it follows from.
+      form: how.
+      layer: which of the layers.
+    """
+
+    leaf: Array
+    form: Form = Form()
+    layer: int = 0
+
+    @property
+    def key(self) -> tuple[int, Form, int]:
+        """Equal for pieces that are the same array, while the leaves are there."""
+        return id(self.leaf), self.form, self.layer
+
+    @property
+    def T(self) -> "Piece":
+        """The piece transposed."""
+        form = dataclasses.replace(self.form, transposed=not self.form.transposed)
+        return dataclasses.replace(self, form=form)
+
+    def astype(self, dtype: DTypeLike) -> "Piece":
+        """The piece in a dtype."""
+        changes = self.leaf.dtype != jnp.dtype(dtype)
+        form = dataclasses.replace(self.form, dtype=jnp.dtype(dtype).name if changes else None)
+        return dataclasses.replace(self, form=form)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFormat:
+    """How an engine wants its weights.
+
+    Attributes:
+      dtype: of the products.
+      transpose: hold the matrices as `[out, in]`.
+    """
+
+    dtype: DTypeLike
+    transpose: bool
+
+    def plan(self, params: Params) -> Weights:
+        """The weights with a `Piece` in the place of every array; costs nothing."""
+        stacked = params["layers"]
+        others = {name: jax.tree.map(Piece, leaf) for name, leaf in params.items()}
+        head = self._laid_out(head_matrix(others))
+        # What is read from elsewhere is there in name only.
+        for name in ("layers", "lm_head"):
+            if name in others:
+                others[name] = jax.tree.map(lambda leaf: Piece(leaf, Form("nothing")), params[name])
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        return Weights(others, tuple(self._layer(stacked, i) for i in range(count)), head)
+
+    def _layer(self, stacked: Params, index: int) -> Params:
+        layer = jax.tree.map(lambda leaf: Piece(leaf, Form("layer"), index), stacked)
+        return {
+            part: {
+                name: {"kernel": self._laid_out(leaf["kernel"])} if name in _MATRICES else leaf
+                for name, leaf in inner.items()
+            }
+            for part, inner in layer.items()
+        }
+
+    def _laid_out(self, matrix: Any) -> Any:
+        if isinstance(matrix, StoredMatrix):  # with an adapter, or quantised
+            return matrix
+        matrix = matrix.astype(self.dtype)
+        return TransposedMatrix(matrix.T) if self.transpose else matrix
+
+
 def decoding_weights(params: Params, dtype: DTypeLike, *, transpose: bool) -> Weights:
-    """Lays parameters out for the loop; jit it.
+    """Lays parameters out for the loop, where they lie; jit it.
 
     Args:
       params: as training has them.
       dtype: of the products.
       transpose: hold the matrices as `[out, in]`.
     """
-
-    def laid_out(matrix):
-        if isinstance(matrix, StoredMatrix):  # with an adapter, or quantised
-            return matrix
-        matrix = matrix.astype(dtype)
-        return TransposedMatrix(matrix.T) if transpose else matrix
-
-    def kernels_laid_out(layer: Params) -> Params:
-        return {
-            part: {
-                name: {"kernel": laid_out(leaf["kernel"])} if name in _MATRICES else leaf
-                for name, leaf in inner.items()
-            }
-            for part, inner in layer.items()
-        }
-
-    no_layers = jax.tree.map(lambda leaf: leaf[:0], params["layers"])
-    return Weights(
-        params={**params, "layers": no_layers},
-        layers=tuple(map(kernels_laid_out, unstack_layers(params))),
-        head=laid_out(head_matrix(params)),
-    )
+    plan = WeightsFormat(dtype, transpose).plan(params)
+    return jax.tree.map(lambda piece: piece.form.of(piece.leaf, piece.layer), plan)

@@ -89,6 +89,10 @@ class SelfTrainConfig:
                 "style=parallel: only problems of a task have a first character that forces it; "
                 "take style=free, and selection.require_block=true"
             )
+        if not self.grading.needs_answers:
+            raise ValueError(
+                "grading.needs_answers=false: the set holds reference answers; give them"
+            )
         if self.keep_format_prompt and self.format_prompt is None:
             raise ValueError("keep_format_prompt=true: there is no format_prompt")
         if self.samples_per_problem > 1 and self.sampling.temperature == 0:

@@ -5,10 +5,11 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
-from tw_jax.data.chat import Turn, encode_chat
+from tw_jax.data.chat import Turn
 from tw_jax.data.problem_file import ProblemRecord, read_problems
+from tw_jax.data.problem_prompts import prompt_ids
+from tw_jax.data.records import RejectedRecord
 from tw_jax.data.rejects import Rejects
-from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
 from tw_jax.evals.answerer import Answerer
 from tw_jax.evals.problems import style_request
@@ -111,17 +112,18 @@ def _of_sources(
             turns = (Turn("user", problem.prompt),)
             problem = dataclasses.replace(problem, chat=turns)
         asked = _put_into(template, problem)
-        field = config.columns.prompt
         try:
-            request = _request(config, answerer, asked)
-        except UserError as error:  # no token ids for this text, or a template that refuses it
-            rejects.add(problem.file, problem.line, "invalid_prompt", str(error), field)
+            prompt = prompt_ids(asked, answerer.tokenizer, _context_len(config))
+        except RejectedRecord as error:
+            field = config.columns.prompt
+            rejects.add(problem.file, problem.line, error.kind, str(error), field)
             continue
-        prompt_len, room = len(request.prompt), _context_len(config)
-        if room is not None and prompt_len >= room:
-            message = f"a prompt of {prompt_len:,} tokens leaves no room in contexts of {room:,}"
-            rejects.add(problem.file, problem.line, "prompt_too_long", message, field)
-            continue
+        request = Request(
+            prompt=prompt,
+            seed=0,
+            sampling=config.sampling,
+            mode="sequential" if config.style == "sequential" else "parallel",
+        )
         questions.append(Question(asked if config.keep_format_prompt else problem, request))
     return questions
 
@@ -133,19 +135,6 @@ def _put_into(template: str, problem: ProblemRecord) -> ProblemRecord:
     if chat:
         chat = (*chat[:-1], dataclasses.replace(chat[-1], content=prompt))
     return dataclasses.replace(problem, prompt=prompt, chat=chat)
-
-
-def _request(config: SelfTrainConfig, answerer: Answerer, asked: ProblemRecord) -> Request:
-    if asked.chat:
-        prompt = encode_chat(answerer.tokenizer, asked.chat)
-    else:
-        prompt = encode_prompt(answerer.tokenizer, asked.prompt)
-    return Request(
-        prompt=prompt,
-        seed=0,
-        sampling=config.sampling,
-        mode="sequential" if config.style == "sequential" else "parallel",
-    )
 
 
 def _context_len(config: SelfTrainConfig) -> int | None:

@@ -196,7 +196,7 @@ class Checkpointer:
         )
         storage.set_aside(self._manager, self._directory, damaged)
         self._current = loaded.record.step
-        state = dataclasses.replace(loaded.trees[REST], params=loaded.trees[PARAMS])
+        state = TrainState(**{**loaded.trees[REST], "params": loaded.trees[PARAMS]})
         return RestoredCheckpoint(state, loaded.record.own_data_state(), loaded.record.meta)
 
     def close(self) -> None:
@@ -287,7 +287,10 @@ def restore_params(
 
 def _split(state: TrainState) -> dict[str, Any]:
     """The train state as two trees, so that parameters can be read alone."""
-    return {PARAMS: state.params, REST: dataclasses.replace(state, params=None)}
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if rest["reference"] is None:
+        del rest["reference"]  # as in checkpoints from before there were any
+    return {PARAMS: state.params, REST: {**rest, "params": None}}
 
 
 def _size_bytes(leaf: Any) -> int:

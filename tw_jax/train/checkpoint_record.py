@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from tw_jax.errors import UserError
+from tw_jax.parallel.processes import gathered_bytes
 
 FORMAT = 1
 PARAMS = "params"
@@ -248,14 +248,8 @@ def gather_data_states(state: Any) -> tuple[Any, ...]:
     """Every process's data position, in the order of processes; all of them must call it."""
     if jax.process_count() == 1:
         return (state,)
-    raw = np.frombuffer(json.dumps(_encode_data_state(state)).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(raw.size))
-    padded = np.pad(raw, (0, int(lengths.max()) - raw.size))
-    rows = multihost_utils.process_allgather(padded)
-    return tuple(
-        _decode_data_state(json.loads(bytes(row[:length])))
-        for row, length in zip(rows, lengths, strict=True)
-    )
+    gathered = gathered_bytes(json.dumps(_encode_data_state(state)).encode())
+    return tuple(_decode_data_state(json.loads(data)) for data in gathered)
 
 
 def _encode_data_state(state: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tw_jax.models.remat import Remat
 from tw_jax.parallel.attention import backend_on, plan_tiles_on, tree_attention_on
 from tw_jax.parallel.embedding import embedding_on
 from tw_jax.parallel.layout import Layout, on_mesh
-from tw_jax.train.lm_head import head_logprobs
+from tw_jax.train.lm_head import EntropyUse, HeadScores, head_scores
 
 
 def token_logprobs(
@@ -63,10 +63,13 @@ class Scores(NamedTuple):
     Attributes:
       logprobs: `log p(tokens[i] | path to i)`; 0 for roots and padding, which nothing predicts.
       router_loss: the batch's load-balancing loss times its coefficient; 0 where that is 0.
+      entropy: of the distribution that predicts the token, in nats, 0 as above; None unless asked
+        for.
     """
 
     logprobs: Float32[Array, "rows row_len"]
     router_loss: Float32[Array, ""]
+    entropy: Float32[Array, "rows row_len"] | None = None
 
 
 def score_tokens(
@@ -78,6 +81,7 @@ def score_tokens(
     remat: Remat,
     attention: str = "auto",
     layout: Layout | None = None,
+    entropy_use: EntropyUse = "none",
 ) -> Scores:
     """Log-probability of every token given its path from the root.
 
@@ -93,6 +97,7 @@ def score_tokens(
       remat: what the backward pass keeps of each layer (`tw_jax.models.remat`).
       attention: backend of `tree_attention`, or `auto` (`tw_jax.parallel.attention.backend_on`).
       layout: how batch and activations lie on a mesh; None on one device.
+      entropy_use: what entropies are for (`tw_jax.train.lm_head.EntropyUse`).
 
     Raises:
       ValueError: `head_chunk` is not positive.
@@ -140,11 +145,13 @@ def score_tokens(
             look_up=None if layout is None else embedding_on(layout, dtype),
             run_experts=None if layout is None else experts_on(layout),
         )
-        logprobs = _parent_logprobs(head_matrix(params), hidden, batch, head_chunk, layout)
-    logprobs = jnp.where(batch.parent == own_index, 0.0, logprobs)
+        head = _parent_scores(head_matrix(params), hidden, batch, head_chunk, layout, entropy_use)
+    predicted = batch.parent != own_index
+    logprobs = jnp.where(predicted, head.logprobs, 0.0)
+    entropy = None if head.entropy is None else jnp.where(predicted, head.entropy, 0.0)
     if moe is None or load is None:
-        return Scores(logprobs, jnp.zeros((), jnp.float32))
-    return Scores(logprobs, moe.router_aux_loss_coef * load_balancing_loss(load))
+        return Scores(logprobs, jnp.zeros((), jnp.float32), entropy)
+    return Scores(logprobs, moe.router_aux_loss_coef * load_balancing_loss(load), entropy)
 
 
 def _add_to_carry(
@@ -153,16 +160,17 @@ def _add_to_carry(
     return add_router_load(carry, routing, counted)
 
 
-def _parent_logprobs(
+def _parent_scores(
     head: Float[Array, "hidden vocab"] | StoredMatrix,
     hidden: Float[Array, "rows row_len hidden"],
     batch: PackedBatch,
     head_chunk: int,
     layout: Layout | None,
-) -> Float32[Array, "rows row_len"]:
+    entropy_use: EntropyUse,
+) -> HeadScores:
     with jax.named_scope("gather_parents"):
         hidden = jnp.take_along_axis(hidden, batch.parent[..., None], axis=1)
         if layout is not None:
             hidden = layout.constrain(hidden, ("batch", "length", "embed"))
     with jax.named_scope("head_logprobs"):
-        return head_logprobs(head, hidden, batch.tokens, head_chunk, layout)
+        return head_scores(head, hidden, batch.tokens, head_chunk, layout, entropy_use)

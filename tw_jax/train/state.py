@@ -20,12 +20,15 @@ class TrainState:
       params: the model's parameters, a pure nested dict of arrays.
       opt_state: the optimizer's state.
       skipped_updates: how many of the steps changed nothing, because a gradient was not finite.
+      reference: a tree like `params`, in RL whose KL term has a reference that moves
+        (`tw_jax.train.reference`); else None.
     """
 
     step: Int32[Array, ""]
     params: Any
     opt_state: Any
     skipped_updates: Int32[Array, ""]
+    reference: Any = None
 
 
 def init_train_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -96,6 +99,7 @@ def apply_gradients(
         params=if_finite(params, state.params),
         opt_state=if_finite(opt_state, state.opt_state),
         skipped_updates=state.skipped_updates + jnp.where(finite, 0, 1).astype(jnp.int32),
+        reference=state.reference,
     )
     return next_state, {
         "grad_norm": grad_norm.astype(jnp.float32),

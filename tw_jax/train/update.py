@@ -6,7 +6,8 @@
    tokens were split into rows, micro-batches or devices changes nothing. (A router's load-balancing
    loss, off unless the model's configuration turns it on, is a property of a whole micro-batch; it
    is averaged over micro-batches by their weight.)
-3. The optimizer takes the mean gradient; a non-finite one skips the update and is counted.
+3. The optimizer takes the mean gradient; a non-finite one skips the update and is counted, and so
+   does a batch in which nothing has weight.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from tw_jax.data.packed_batch import PackedBatch
 from tw_jax.models.qwen3 import Params
 from tw_jax.models.remat import Remat
 from tw_jax.parallel.layout import Layout
-from tw_jax.train.objective import ObjectiveConfig, policy_loss
+from tw_jax.train.lm_head import EntropyUse
 from tw_jax.train.scoring import Scores, score_tokens
 from tw_jax.train.state import TrainState, apply_gradients
 
@@ -61,52 +62,26 @@ class MemoryConfig:
 
 def nll_sum(graphdef: nnx.GraphDef, memory: MemoryConfig, layout: Layout | None = None) -> SumLoss:
     """SFT: sum of weighted negative log-probabilities (DESIGN section 7)."""
-    score = _scorer(graphdef, memory, layout)
+    score = scorer(graphdef, memory, layout)
 
     def loss(params: Params, batch: PackedBatch):
-        logprob, router_loss = score(params, batch)
-        total = -jnp.sum(jnp.where(batch.loss_weight > 0, batch.loss_weight * logprob, 0.0))
+        scores = score(params, batch)
+        weighted = batch.loss_weight * scores.logprobs
+        total = -jnp.sum(jnp.where(batch.loss_weight > 0, weighted, 0.0))
         weight = jnp.sum(batch.loss_weight)
-        total += weight * router_loss
+        total += weight * scores.router_loss
         return total, {"weight": weight, "loss": total}
 
     return loss
 
 
-def policy_sum(
+def scorer(
     graphdef: nnx.GraphDef,
-    objective: ObjectiveConfig,
     memory: MemoryConfig,
-    layout: Layout | None = None,
-) -> SumLoss:
-    """RL: sum of weighted policy losses, and how far sampler and trainer are apart."""
-    score = _scorer(graphdef, memory, layout)
-
-    def loss(params: Params, batch: PackedBatch):
-        logprob, router_loss = score(params, batch)
-        sampled = batch.loss_weight > 0
-        old = batch.sampler_logprob if batch.old_logprob is None else batch.old_logprob
-        per_token = policy_loss(objective, logprob, old, batch.advantage, batch.reference_logprob)
-        weight = jnp.sum(batch.loss_weight)
-        total = jnp.sum(jnp.where(sampled, batch.loss_weight * per_token, 0.0))
-        total += weight * router_loss
-        apart = jnp.where(sampled, jnp.abs(logprob - batch.sampler_logprob), 0.0)
-        sums = {
-            "weight": weight,
-            "loss": total,
-            "tokens": jnp.sum(sampled).astype(jnp.float32),
-            "nll": -jnp.sum(jnp.where(sampled, logprob, 0.0)),
-            "logprob_abs_diff": jnp.sum(apart),
-            "max_logprob_abs_diff": jnp.max(apart),
-        }
-        return total, sums
-
-    return loss
-
-
-def _scorer(
-    graphdef: nnx.GraphDef, memory: MemoryConfig, layout: Layout | None
+    layout: Layout | None,
+    entropy_use: EntropyUse = "none",
 ) -> Callable[[Params, PackedBatch], Scores]:
+    """`score_tokens` of `(params, batch)`, with everything else decided."""
     return functools.partial(
         score_tokens,
         graphdef,
@@ -114,6 +89,7 @@ def _scorer(
         remat=memory.remat,
         attention=memory.attention,
         layout=layout,
+        entropy_use=entropy_use,
     )
 
 
@@ -192,8 +168,16 @@ def make_update(
         return grads, sums
 
     def apply_mean(state: TrainState, grads: Params, weight: Array):
-        mean = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-20), grads)
-        return apply_gradients(state, mean, optimizer)
+        # Without any weight there is no mean: 0 / 0 is not finite, so nothing is updated. That is
+        # no fault, and not counted as one.
+        mean = jax.tree.map(lambda g: g / weight, grads)
+        before = state.skipped_updates
+        state, applied = apply_gradients(state, mean, optimizer)
+        counted = jnp.where(weight > 0, state.skipped_updates, before)
+        return dataclasses.replace(state, skipped_updates=counted), {
+            "grad_norm": jnp.where(weight > 0, applied["grad_norm"], 0.0),
+            "update_skipped": jnp.where(weight > 0, applied["update_skipped"], 0.0),
+        }
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=placed)
     def whole(state: TrainState, batch: PackedBatch, frozen: Params | None = None):

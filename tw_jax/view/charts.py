@@ -5,7 +5,7 @@ Each function takes data and labels and returns one self-contained `<svg>`, safe
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from markupsafe import Markup
@@ -73,7 +73,12 @@ LARGE = svg.Size(500, 340, left=56)
 
 
 def line_chart(
-    labels: svg.Labels, series: Sequence[Series], *, tick: Formatter = number, axis: Axis = "linear"
+    labels: svg.Labels,
+    series: Sequence[Series],
+    *,
+    tick: Formatter = number,
+    axis: Axis = "linear",
+    legend: bool = True,
 ) -> Markup:
     """Lines over training steps.
 
@@ -83,6 +88,7 @@ def line_chart(
       tick: writes the values of the vertical axis.
       axis: "share" fixes the vertical axis to 0..1; "log" makes it logarithmic where the values
         are positive and span a factor above 20.
+      legend: name several lines in the chart; without it, the page does.
     """
     drawn = [_thin(s) for s in series]
     values = [y for s in drawn for y in s.y if y is not None]
@@ -114,7 +120,7 @@ def line_chart(
                 if y is not None:
                     tip = f"{line.name}, step {number(x)}: {tick(y)}"
                     body += svg.marker("circle", x_scale(x), y_scale(y), line.css, tip, 3.5)
-    if len(drawn) > 1:
+    if legend and len(drawn) > 1:
         body += _legend(size, [(s.name, s.css) for s in drawn])
     return svg.figure(labels, size, body)
 
@@ -328,3 +334,13 @@ def _moving_average(values: Sequence[float | None]) -> list[float | None]:
     """Centred mean over about a tenth of the line; shorter windows at the ends."""
     half = max(1, len(values) // 20)
     return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def ends(series: Sequence[Series], write: Callable[[float], str]) -> str:
+    """First and last value of every line, for those who cannot see the chart."""
+    sentences = []
+    for line in series:
+        present = [y for y in line.y if y is not None and math.isfinite(y)]
+        if present:
+            sentences.append(f"{line.name} from {write(present[0])} to {write(present[-1])}")
+    return "; ".join(sentences)

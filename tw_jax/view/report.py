@@ -1,7 +1,6 @@
 """The report of a run, as a page (`tw_jax.view.page`)."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -248,20 +247,10 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
         labels = Labels(
             key=f"{stage}-{lines[0][1].replace('_', '-')}",
             title=f"{eyebrow}: {title.lower()} by step",
-            description=_ends(series, write),
+            description=charts.ends(series, write),
             x="step",
             y=unit,
         )
         chart = charts.line_chart(labels, series, tick=write, axis=axis)
         figures.append(Figure(title, chart, "", eyebrow))
     return figures
-
-
-def _ends(series: Sequence[charts.Series], write: Any) -> str:
-    """First and last value of every line, for those who cannot see the chart."""
-    sentences = []
-    for line in series:
-        present = [y for y in line.y if y is not None and math.isfinite(y)]
-        if present:
-            sentences.append(f"{line.name} from {write(present[0])} to {write(present[-1])}")
-    return "; ".join(sentences)

@@ -1,0 +1,182 @@
+"""Rollouts that no checkpoint covers yet, kept on disk as they finish: `pending/` of a run.
+
+A run that is killed goes on from its last checkpoint, and the steps behind that one need not be
+sampled again: their rollouts and grades are here. So the updates that are made again see what the
+first ones saw, bit for bit, whatever was sampled together with whatever else.
+
+    pending/000021/rollouts.0.jsonl     of step 21, of process 0 (`tw_jax.rollout.rollout_file`)
+    pending/000021/grades.0.jsonl       how they were judged
+
+A rollout is taken only for the same request to the same policy: the key of a line says which
+training step's parameters were to sample, and under which settings they came about.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tw_jax.errors import UserError
+from tw_jax.rewards.graders import Grade
+from tw_jax.rollout.request import Request
+from tw_jax.rollout.rollout import Rollout
+from tw_jax.rollout.rollout_file import (
+    Generate,
+    OnFinish,
+    RolloutFile,
+    generate_resumably,
+    request_keys,
+)
+
+FOLDER = "pending"
+
+
+class PendingRollouts:
+    """The folder of one run."""
+
+    def __init__(self, run_dir: pathlib.Path, settings: str, process: int) -> None:
+        """Opens nothing yet.
+
+        Args:
+          run_dir: of the run.
+          settings: says under which settings parameters come about; rollouts of others are not
+            taken.
+          process: index of this process, which keeps what it samples itself.
+        """
+        self._folder, self._settings, self._process = run_dir / FOLDER, settings, process
+
+    def step(self, step: int) -> "PendingStep":
+        """What is kept of a step, counted from 0."""
+        return PendingStep(self._folder / f"{step:06d}", self._settings, self._process)
+
+    def forget_before(self, step: int) -> None:
+        """Removes what a checkpoint at the beginning of `step` covers."""
+        if not self._folder.is_dir():
+            return
+        for folder in self._folder.iterdir():
+            if folder.name.isdigit() and int(folder.name) < step:
+                shutil.rmtree(folder, ignore_errors=True)  # another process may be faster
+
+
+class PendingStep:
+    """Rollouts of one step that this process samples."""
+
+    def __init__(self, folder: pathlib.Path, settings: str, process: int) -> None:
+        """See `PendingRollouts.step`."""
+        self._settings = settings
+        self._rollouts = folder / f"rollouts.{process}.jsonl"
+        self._grades = folder / f"grades.{process}.jsonl"
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        version: int,
+        generate: Generate,
+        *,
+        on_finish: OnFinish,
+        keep_parts: bool,
+    ) -> list[Rollout]:
+        """Samples what is not there yet, and keeps it.
+
+        Args:
+          requests: of this process.
+          version: training steps behind the parameters that sample.
+          generate: samples requests, and hands (index, rollout) over as they finish.
+          on_finish: called with (index, rollout), first for those that are there.
+          keep_parts: keep every rollout as it finishes. Else all of them at once: log-probabilities
+            depend in their last bits on what is sampled together.
+
+        Returns:
+          Rollouts in the order of the requests.
+
+        Raises:
+          UserError: the disk refuses it, or what `generate` raises.
+        """
+        if not keep_parts:
+            return self._generate_whole(requests, version, generate, on_finish)
+        return generate_resumably(
+            self._rollouts,
+            requests,
+            generate,
+            source=self._source(version),
+            on_finish=on_finish,
+            sync=False,
+        )
+
+    def grades(self, requests: Sequence[Request], version: int) -> dict[int, Grade]:
+        """The grades that are there, by index of the request."""
+        known = self._known_grades()
+        keys = request_keys(requests, self._source(version))
+        return {i: known[key] for i, key in enumerate(keys) if key in known}
+
+    def keep_grades(
+        self, requests: Sequence[Request], version: int, grades: Mapping[int, Grade]
+    ) -> None:
+        """Keeps further grades, by index of the request.
+
+        Raises:
+          UserError: the disk refuses it.
+        """
+        keys = request_keys(requests, self._source(version))
+        lines = "".join(
+            json.dumps({"key": keys[index], "grade": dataclasses.asdict(grade)}) + "\n"
+            for index, grade in grades.items()
+        )
+        try:
+            with self._grades.open("ab") as file:
+                # A line that a crash tore is no part of the next one.
+                torn = file.tell() and not _ends_with_line(self._grades)
+                file.write(b"\n" * torn + lines.encode())
+        except OSError as error:
+            raise UserError(f"grades {self._grades}: cannot write ({error.strerror})") from error
+
+    def is_whole(self, requests: Sequence[Request], version: int) -> bool:
+        """Whether rollouts and grades of all requests are there, sampled by that version."""
+        if not self._rollouts.exists():
+            return False
+        known = self._known_grades()
+        with RolloutFile(self._rollouts) as file:
+            keys = request_keys(requests, self._source(version))
+            return all(key in file.done and key in known for key in keys)
+
+    def _source(self, version: int) -> str:
+        return f"step {version} of {self._settings}"
+
+    def _known_grades(self) -> dict[str, Grade]:
+        known = {}
+        if self._grades.exists():
+            for line in self._grades.read_bytes().splitlines():
+                try:
+                    entry: dict[str, Any] = json.loads(line)
+                    known[entry["key"]] = Grade(**entry["grade"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # torn by a crash: graded again
+        return known
+
+    def _generate_whole(
+        self,
+        requests: Sequence[Request],
+        version: int,
+        generate: Callable[[Sequence[Request], OnFinish], Any],
+        on_finish: OnFinish,
+    ) -> list[Rollout]:
+        keys = request_keys(requests, self._source(version))
+        with RolloutFile(self._rollouts, sync=False) as file:
+            if all(key in file.done for key in keys):
+                rollouts = [file.done[key] for key in keys]
+                for index, rollout in enumerate(rollouts):
+                    on_finish(index, rollout)
+                return rollouts
+            rollouts = generate(requests, on_finish)
+            for key, rollout in zip(keys, rollouts, strict=True):
+                file.append(key, rollout)
+        return rollouts
+
+
+def _ends_with_line(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
