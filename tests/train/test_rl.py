@@ -193,6 +193,17 @@ def test_a_run_that_can_train_on_nothing_stops_and_says_what_to_do(start, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, stopped.params, load_run(start).params)
 
 
+def test_rewards_that_are_all_equal_change_nothing(start, tmp_path):
+    """No answer is right and the format is not rewarded: nothing can be learned, nothing breaks."""
+    result = run_rl(config_in(tmp_path / "run", start, steps=2, reward=RewardConfig()))
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [(row["reward"], row["groups_without_variance"]) for row in rows] == [(0, 1)] * 2
+    assert [(row["loss"], row["grad_norm"], row["skipped_updates"]) for row in rows] == [
+        (0, 0, 0)
+    ] * 2
+    jax.tree.map(np.testing.assert_array_equal, result.model.params, load_run(start).params)
+
+
 def test_several_passes_are_further_updates_off_policy(start, tmp_path):
     objective = ObjectiveConfig("group_std", "ppo_clip")
     config = config_in(tmp_path / "run", start, steps=1, passes_per_step=2, objective=objective)

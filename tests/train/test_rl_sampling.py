@@ -84,6 +84,18 @@ def test_groups_that_agree_leave_their_places_to_others(model, tmp_path):
     assert engine.taken == ["parameters"]  # handed over once
 
 
+def test_malformed_rollouts_make_no_group_differ_where_they_are_dropped(model, tmp_path):
+    objective = dataclasses.replace(REFILLING.objective, drop_malformed=True)
+    config = dataclasses.replace(REFILLING, objective=objective)
+    malformed = "<Parallel>\nno"
+    engine = Answering(model, [["yes", malformed, "yes", "no", "no", malformed], ["yes", "no"] * 2])
+    with sampler_of(config, model, engine, tmp_path) as sampler:
+        sample = sampler.sample(0, 0, {})
+    assert sample is not None
+    assert sample.format_valid[:3].tolist() == [[True, False], [True, True], [True, False]]
+    assert [positions(asked) for asked in engine.asked] == [[0, 1, 2], [3, 4]]
+
+
 def test_rounds_are_bounded_and_seeds_differ(model, tmp_path):
     engine = Answering(model, [["no"] * 6] * 3)
     seeds = []

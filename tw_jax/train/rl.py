@@ -178,8 +178,7 @@ def run_rl(config: RLConfig) -> RLResult:
                     del current
                 with times.of("reward"):
                     objective = config.policy_objective
-                    valid = np.reshape([f.format_valid for f in sample.facts], sample.rewards.shape)
-                    usable = usable_rollouts(objective, valid)
+                    usable = usable_rollouts(objective, sample.format_valid)
                     advantages = group_advantages(sample.rewards, objective.normalizer, usable)
                     kept = kept_rollouts(objective, sample.rewards, advantages, usable)
                 learned = learner.learn(state, step, sample, advantages, kept, times)

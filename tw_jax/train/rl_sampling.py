@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from tw_jax.parallel.processes import gathered_bytes
 from tw_jax.rewards.facts import RolloutFacts
 from tw_jax.rewards.graders import Grade
 from tw_jax.rewards.grading import require_graded
 from tw_jax.rollout.rollout import Rollout
-from tw_jax.train.advantages import varies
+from tw_jax.train.advantages import usable_rollouts, varies
 from tw_jax.train.pending_rollouts import PendingRollouts
 from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.rl_problems import RLProblems
@@ -60,6 +60,11 @@ class StepSample:
     facts: Sequence[RolloutFacts]
     rewards: Float[np.ndarray, "groups group_size"]
     seconds: float
+
+    @property
+    def format_valid(self) -> Bool[np.ndarray, "groups group_size"]:
+        """Which rollouts are well formed."""
+        return np.reshape([fact.format_valid for fact in self.facts], self.rewards.shape)
 
 
 class StepSampler:
@@ -170,7 +175,8 @@ class StepSampler:
         if len(rounds) > self._config.refill_rounds:
             return 0
         sample = self._joined(rounds, step)
-        return max(self._config.prompts - int(varies(sample.rewards).sum()), 0)
+        usable = usable_rollouts(self._config.policy_objective, sample.format_valid)
+        return max(self._config.prompts - int(varies(sample.rewards, usable).sum()), 0)
 
     def _round(self, step: int, position: int, asked: int, count: int) -> Round:
         return make_round(self._config, self._problems, step, position, asked, count)
