@@ -41,37 +41,50 @@ MEASURED = ("accuracy", "critical_path", "activation_ratio")
 
 def run() -> dict[str, Any]:
     """Measurements by objective and seed, and their means."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {name: {} for name in ("start", *OBJECTIVES)}
-    for seed in SEEDS:
-        folder = FOLDER / f"seed_{seed}"
-        config = load_config(
-            QuickstartConfig, "configs/quickstart.yaml", [f"run_dir={folder}", f"seed={seed}"]
-        )
-        started = folder / "first_stage_is_done"
-        if not started.exists():
-            run_first_stage(config)
-            started.touch()
-        rl = dataclasses.replace(
-            config.rl,
-            init_from=str(folder / "rl_start"),
-            task=config.sft.task,
-            seed=seed,
-        )
-        start = folder / "start.json"
-        found["start"][seed] = _kept(start, lambda rl=rl: _measured(rl, load_run(rl.init_from)))
-        for name, changes in OBJECTIVES.items():
+    stages = {seed: _start(seed) for seed in SEEDS}
+    found = {
+        "start": {
+            seed: _kept(FOLDER / f"seed_{seed}/start.json", lambda rl=rl: _measured(rl, None))
+            for seed, rl in stages.items()
+        }
+    }
+    for name, changes in OBJECTIVES.items():
+        found[name] = {}
+        for seed, rl in stages.items():
+            folder = FOLDER / f"seed_{seed}"
             ours = dataclasses.replace(rl, run_dir=str(folder / name), **changes)
             found[name][seed] = _kept(
-                folder / f"{name}.json", lambda ours=ours: _measured(ours, run_rl(ours).model)
+                folder / f"{name}.json", lambda ours=ours: _measured(ours, _trained(ours))
             )
     return {
         "seeds": SEEDS,
-        "steps": rl.steps,
+        "steps": stages[SEEDS[0]].steps,
         "problems": PROBLEMS,
         "by_seed": found,
         "mean": {name: _means(list(by_seed.values())) for name, by_seed in found.items()},
     }
+
+
+def _start(seed: int) -> RLConfig:
+    """Makes the model that RL starts from, if it is not there, and says how RL goes on."""
+    folder = FOLDER / f"seed_{seed}"
+    config = load_config(
+        QuickstartConfig, "configs/quickstart.yaml", [f"run_dir={folder}", f"seed={seed}"]
+    )
+    done = folder / "first_stage_is_done"
+    if not done.exists():
+        run_first_stage(config)
+        done.touch()
+    return dataclasses.replace(
+        config.rl, init_from=str(folder / "rl_start"), task=config.sft.task, seed=seed
+    )
+
+
+def _trained(rl: RLConfig) -> LoadedModel:
+    result = run_rl(rl)
+    if result.interrupted:
+        raise SystemExit("stopped; the same command goes on")
+    return result.model
 
 
 def _kept(path: pathlib.Path, measure: Any) -> dict[str, float]:
@@ -81,7 +94,9 @@ def _kept(path: pathlib.Path, measure: Any) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
-def _measured(rl: RLConfig, model: LoadedModel) -> dict[str, float]:
+def _measured(rl: RLConfig, model: LoadedModel | None) -> dict[str, float]:
+    """What a model, or the one that RL starts from, does on held-out problems."""
+    model = load_run(rl.init_from) if model is None else model
     engine = RolloutEngine(model.graphdef, model.schema, rl.engine)
     records, _ = evaluate(
         engine,

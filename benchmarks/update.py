@@ -132,7 +132,7 @@ def sides_of(schema: Schema, rollouts: Sequence[Rollout], row_len: int) -> Sides
             rollout.units, [u.context for u in schema.units(rollout.trajectory)], strict=True
         )
     ]
-    return Sides(forests, calls)
+    return Sides(list(forests), calls)
 
 
 def _chain(
