@@ -81,9 +81,9 @@ def main(folder: pathlib.Path) -> None:
     schema = make_schema("threadweaver", tokenizer)
     params = load_params(str(folder / "weights"), model_config)
     model = LoadedModel(graphdef(model_config), params, model_config, tokenizer, schema, step=0)
-    model, trainable = part(model, None, ModelConfig(), 0, None)
+    model, trainable, start = part(model, None, ModelConfig(), 0, None)
     learner = PolicyLearner(config, model, trainable, None)
-    state = learner.initial_state()
+    state = learner.initial_state(start)
     devices = RolloutDevices(
         model.graphdef, schema, config.engine, config.rollout_devices, jax.local_devices()
     )

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.train.live_copies import copies_counter
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS
@@ -16,6 +17,7 @@ from tw_jax.rollout.request import SamplingParams
 from tw_jax.train.checkpoint import Checkpointer
 from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.objective import ObjectiveConfig
+from tw_jax.train.policy_learner import PolicyLearner
 from tw_jax.train.reference import ReferenceConfig
 from tw_jax.train.rl import run_rl
 from tw_jax.train.rl_config import RLConfig
@@ -191,6 +193,23 @@ def test_a_run_that_can_train_on_nothing_stops_and_says_what_to_do(start, tmp_pa
     stopped = load_run(folder)
     assert stopped.step == 4
     jax.tree.map(np.testing.assert_array_equal, stopped.params, load_run(start).params)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_start_is_in_memory_only_where_something_compares_with_it(
+    start, tmp_path, monkeypatch, measured
+):
+    found, learn, copies = [], PolicyLearner.learn, copies_counter()
+
+    def counted(self, *arguments):
+        learned = learn(self, *arguments)
+        found.append(copies(learned.state.params))
+        return learned
+
+    monkeypatch.setattr(PolicyLearner, "learn", counted)
+    run_rl(config_in(tmp_path / "run", start, steps=2, measure_kl_to_start=measured))
+    # Parameters and two moments, perhaps the start; batches are small.
+    assert found == pytest.approx([4 if measured else 3] * 2, abs=0.2)
 
 
 def test_rewards_that_are_all_equal_change_nothing(start, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.random_trajectories import BLOCKS
 from tests.train.crash import crashed_and_restarted
+from tests.train.live_copies import copies_counter
 from tw_jax.config import to_yaml
 from tw_jax.data.export_task import export_task
 from tw_jax.errors import UserError
@@ -57,6 +58,12 @@ def test_the_loss_falls_and_the_run_folder_is_complete(uninterrupted):
     loaded = load_run(folder)
     assert loaded.step == 12
     jax.tree.map(np.testing.assert_array_equal, loaded.params, result.model.params)
+
+
+def test_parameters_and_moments_are_all_that_is_in_memory(tmp_path):
+    found, copies = [], copies_counter()
+    run_sft(config_in(tmp_path, steps=3), [(1, lambda step, params: found.append(copies(params)))])
+    assert found[:2] == pytest.approx([3, 3], abs=0.2)  # at the end a checkpoint is on its way
 
 
 def test_a_run_stopped_by_a_hook_and_restarted_continues_bit_for_bit(uninterrupted, tmp_path):

@@ -61,10 +61,13 @@ class PolicyLearner:
           config: of the run.
           model: before the first step; its parameters are kept where the objective or a metric
             compares the policy with them.
-          trainable: what of it is trained; `initial_state` may give its parameters up.
+          trainable: what of it is trained.
           layout: how training lies on a mesh; None on one device.
         """
-        self._config, self._model, self._trainable = config, model, trainable
+        self._config = config
+        # Parameters that nothing below needs must not be held: they would be a second copy.
+        self._model = dataclasses.replace(model, params={})
+        self._trainable = trainable
         objective = self._objective = config.policy_objective
         optimizer = make_optimizer(config.optimizer, config.steps * config.optimizer_steps_per_step)
         self._optimizer = optimizer
@@ -78,20 +81,23 @@ class PolicyLearner:
             measure_entropy=config.measure_entropy,
         )
         self._update = make_update(sum_loss, optimizer, self._placement.state, trainable.assemble)
-        self._score = make_scorer(config, model, layout)
+        self._score = make_scorer(config, self._model, layout)
         self._origin = model.params if config.measure_kl_to_start else None
         self._reference = model.params if objective.kl_coefficient else None
 
-    def initial_state(self) -> TrainState:
-        """The state before the first step."""
-        params = self._trainable.params
+    def initial_state(self, params: Params) -> TrainState:
+        """The state before the first step.
+
+        Args:
+          params: what is trained, as it is then; an update may give their buffers up.
+        """
+        start = params
         # The update donates its state; what the policy is compared with must survive it.
         if self._origin is not None or self._reference is not None:
             params = jax.tree.map(jnp.copy, params)
         state = placed_state(params, self._optimizer, self._placement)
         if self._objective.reference.moves:
-            copy = jax.tree.map(jnp.copy, self._trainable.params)
-            state = dataclasses.replace(state, reference=copy)
+            state = dataclasses.replace(state, reference=jax.tree.map(jnp.copy, start))
         return state
 
     def learn(

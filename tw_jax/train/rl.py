@@ -114,11 +114,13 @@ def run_rl(config: RLConfig) -> RLResult:
     model = load_run(config.init_from, config.init_step, layout=layout)
     dtypes: Any = {n: getattr(model.config, n) for n in ("param_dtype", "compute_dtype")}
     source = ModelConfig(config.init_from, schema=model.schema.name, **dtypes)
-    model, trainable = part(model, config.adapter, source, config.seed, layout)
+    model, trainable, params = part(model, config.adapter, source, config.seed, layout)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     learner = PolicyLearner(config, model, trainable, layout)
-    state = learner.initial_state()
-    model = dataclasses.replace(model, params={})  # whoever needs the start's has them
+    state = learner.initial_state(params)
+    # Whoever needs the parameters of the start has them.
+    model = dataclasses.replace(model, params={})
+    del params
     devices = RolloutDevices(
         model.graphdef, model.schema, config.engine, config.rollout_devices, sampling
     )

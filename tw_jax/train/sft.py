@@ -144,7 +144,8 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
         layout.check_rows(config.data.rows, config.data.row_len)
         print(f"{jax.device_count()} devices: {layout.describe()}")
     model = new_model(config.model, config.seed, layout)
-    model, trainable = part(model, config.adapter, config.model, config.seed, layout)
+    model, trainable, params = part(model, config.adapter, config.model, config.seed, layout)
+    model = dataclasses.replace(model, params={})  # nobody needs those of the start
     frozen = trainable.frozen
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     batches = iter(training_batches(config, model, layout))
@@ -159,7 +160,8 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     )
 
     heldout = [placement.batch(batch) for batch in heldout_batches(config, model)]
-    state = placed_state(trainable.params, optimizer, placement)
+    state = placed_state(params, optimizer, placement)
+    del params
     # A checkpoint goes on only with the data it was trained on; its position means nothing else.
     meta = checkpoint_meta(
         model.config,

@@ -15,17 +15,15 @@ from tw_jax.train.run_dir import LoadedModel, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A model, parted into what is trained and what is not.
+    """How a model is parted into what is trained and what is not.
 
     Attributes:
-      params: what is trained, before the first step.
       frozen: the base under an adapter; None where all is trained.
       adapter: None where all is trained.
       settings: entries of a checkpoint's meta that a run must share to go on from it.
       origin: further entries, which say where the base was found.
     """
 
-    params: Params
     frozen: Params | None
     adapter: Adapter | None
     settings: dict[str, Any]
@@ -48,7 +46,7 @@ def part(
     source: ModelConfig,
     seed: int,
     layout: Layout | None,
-) -> tuple[LoadedModel, Trainable]:
+) -> tuple[LoadedModel, Trainable, Params]:
     """Parts a model.
 
     Args:
@@ -59,18 +57,20 @@ def part(
       layout: the mesh; None on one device.
 
     Returns:
-      The model, whose parameters are now what `Trainable.model_params` gives before the first step,
-      and its parts. Nothing refers any more to matrices that have been quantised.
+      The model, whose parameters are now what `Trainable.model_params` gives before the first step;
+      its parts; and what is trained, as it is then. Nothing refers any more to matrices that have
+      been quantised. Who trains must not hold on to the parameters of the start, which would be a
+      second copy of the model.
 
     Raises:
       UserError: the adapter does not fit the model or the mesh.
     """
     if config is None:
-        return model, Trainable(model.params, None, None, {ADAPTER: None}, {})
+        return model, Trainable(None, None, {ADAPTER: None}, {}), model.params
     adapter = bind_adapter(config, model.config, model.schema.tag_ids)
     init = jax.jit(adapter.init, static_argnums=1, out_shardings=adapter_shardings(layout, adapter))
+    params = init(model.params, seed)
     trainable = Trainable(
-        params=init(model.params, seed),
         frozen=adapter.freeze(model.params, base_shardings(layout, adapter)),
         adapter=adapter,
         settings={ADAPTER: adapter_meta(adapter, model.params)},
@@ -82,4 +82,5 @@ def part(
             }
         },
     )
-    return dataclasses.replace(model, params=trainable.model_params(trainable.params)), trainable
+    model = dataclasses.replace(model, params=trainable.model_params(params))
+    return model, trainable, params
