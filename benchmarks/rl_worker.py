@@ -110,8 +110,8 @@ def main(folder: pathlib.Path) -> None:
                     RolloutFacts(False, True, r.total_tokens, r.critical_path) for r in rollouts
                 ]
                 sample = StepSample(rollouts, [], facts, rewards, seconds=0.0)
-                advantages = group_advantages(rewards, config.objective.normalizer)
-                kept = kept_rollouts(config.objective, rewards, advantages)
+                advantages = group_advantages(rewards, config.policy_objective.normalizer)
+                kept = kept_rollouts(config.policy_objective, rewards, advantages)
             learned = learner.learn(state, step, sample, advantages, kept, times)
             state = learned.state
             with times.of("metrics"):

@@ -198,6 +198,18 @@ def test_class_checks_see_merged_values_only(tmp_path):
     assert run.optimizer.learning_rate == 1
 
 
+def test_class_checks_name_where_their_field_was_written(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\noptimizer:\n  betas: [0.8, 0.9]\n  warmup_steps: 3\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(Run, path, ["optimizer.learning_rate=-1"])
+    assert str(raised.value).startswith("command line: 'optimizer': learning_rate must be")
+    path.write_text("name: x\noptimizer:\n  betas: [0.8, 0.9]\n  learning_rate: -1\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(Run, path)
+    assert str(raised.value).startswith(f"{path}:4: 'optimizer'")
+
+
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "quickstart.yaml").write_text("")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")

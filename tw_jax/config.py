@@ -283,7 +283,9 @@ def _build(cls: type[C], tree: _Tree, base: Any, prefix: str) -> C:
     except ConfigError:
         raise
     except ValueError as error:
-        origins = ", ".join(dict.fromkeys(_origins(tree))) or "defaults"
+        # Where the fields were written that the message names; else where any of them was.
+        named = {name: node for name, node in tree.items() if re.search(rf"\b{name}\b", str(error))}
+        origins = ", ".join(dict.fromkeys(_origins(named or tree))) or "defaults"
         at = f"'{prefix[:-1]}': " if prefix else ""
         raise ConfigError(f"{origins}: {at}{error}") from error
 

@@ -15,11 +15,11 @@ import pytest
 from tests.random_trajectories import BLOCKS
 from tw_jax.config import to_yaml
 from tw_jax.data.export_task import export_task
+from tw_jax.data.only_process import only_process
 from tw_jax.data.pack import PackConfig, run_pack
 from tw_jax.data.packing import PADDING_KIND, best_fit_rows
 from tw_jax.data.rejects import Rejects
 from tw_jax.data.store import PackedStore
-from tw_jax.data.store_writer import only_packer
 from tw_jax.data.trajectory_file import TrajectoryRecord, read_trajectories, write_trajectories
 from tw_jax.errors import UserError
 from tw_jax.tasks.registry import TaskConfig, make_task
@@ -233,7 +233,7 @@ def test_bad_input_and_bad_places_are_refused(tmp_path):
 
 def test_a_store_is_packed_by_one_process_at_a_time(tmp_path):
     source = write_source(tmp_path / "data.jsonl", 4)
-    with only_packer(str(tmp_path / "store")):
+    with only_process(tmp_path / "store", setting="output", work="packing this store"):
         with pytest.raises(UserError, match="another process is packing this store"):
             run_pack(config_of(tmp_path, source))
     assert run_pack(config_of(tmp_path, source)).counts["trajectories"] == 4

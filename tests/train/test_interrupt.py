@@ -20,7 +20,7 @@ def test_a_signal_sets_the_flag(number, capfd):
         os.kill(os.getpid(), number)
         assert interrupt.requested and interrupt.requested_anywhere()
         assert interrupt.signal_name == number.name
-    assert f"{number.name}: finishing this step, then saving" in capfd.readouterr().err
+    assert f"{number.name}: saving what is done, then stopping" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_stops_at_once():

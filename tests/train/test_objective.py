@@ -48,6 +48,9 @@ def test_a_run_takes_a_preset_or_settings():
     assert RLConfig(objective=own).policy_objective == own
     with pytest.raises(ValueError, match="give one"):
         RLConfig(preset="dapo", objective=own)
+    with pytest.raises(ValueError, match="preset=grpo excludes"):
+        RLConfig(preset="grpo", objective=ObjectiveConfig())  # what is P-GRPO's is no less a choice
+    assert RLConfig().policy_objective == PRESETS["pgrpo"] == ObjectiveConfig()
 
 
 @pytest.mark.parametrize("field", ["updates_per_step", "passes_per_step"])

@@ -113,10 +113,23 @@ def test_torn_grades_are_given_again_and_spoil_no_others(tmp_path, rollouts, tor
     with (tmp_path / "pending/000000/grades.0.jsonl").open("ab") as file:
         file.write(torn)
     assert step.grades(REQUESTS, 3) == {i: GRADES[i] for i in range(3)}
-    assert not step.is_whole(REQUESTS, 3)
     step.keep_grades(REQUESTS, 3, {i: GRADES[i] for i in range(3, 6)})
     assert step.grades(REQUESTS, 3) == GRADES
     assert step.is_whole(REQUESTS, 3)
+
+
+def test_a_file_that_cannot_be_read_is_put_aside_and_sampled_anew(tmp_path, rollouts, caplog):
+    step = PendingRollouts(tmp_path, "settings", process=0).step(0)
+    folder = tmp_path / "pending/000000"
+    for keep_parts in (True, False):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rollouts.0.jsonl").write_text("no rollout\n")
+        assert not step.is_whole(REQUESTS, 3)
+        (folder / "rollouts.0.jsonl").write_text("no rollout\n")
+        asked, _, found = sampled(step, rollouts, keep_parts=keep_parts)
+        assert len(asked) == 6 and texts(found) == texts(rollouts)
+        assert (folder / "rollouts.0.unreadable").read_text() == "no rollout\n"
+    assert "not a rollout" in caplog.text
 
 
 def test_what_a_checkpoint_covers_is_removed(tmp_path, rollouts):

@@ -1,6 +1,7 @@
 """The RL loop on the real model and engine: sampler = trainer, resuming, objectives."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from tests.train.live_copies import copies_counter
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS
+from tw_jax.rewards.graders import GradingConfig
 from tw_jax.rewards.reward import RewardConfig
 from tw_jax.rewards.terms import FormatTerm
 from tw_jax.rollout.engine import EngineConfig
@@ -19,11 +21,11 @@ from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.policy_learner import PolicyLearner
 from tw_jax.train.reference import ReferenceConfig
-from tw_jax.train.rl import run_rl
+from tw_jax.train.rl import run_rl, settings_digest
 from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.rl_health import HealthConfig
 from tw_jax.train.rollout_samples import RolloutSamplesConfig, read_samples
-from tw_jax.train.run_dir import ModelConfig, load_run, new_model, save_model
+from tw_jax.train.run_dir import ModelConfig, load_run, new_model, only_run, save_model
 from tw_jax.view.run_page import RunViewConfig, view_run
 
 # A random model solves nothing, but some of its short responses are free of broken tags.
@@ -232,6 +234,49 @@ def test_several_passes_are_further_updates_off_policy(start, tmp_path):
     with Checkpointer(tmp_path / "run/checkpoints") as checkpointer:
         assert checkpointer.latest_step() == 1
     assert result.model.step == 1
+
+
+def test_a_run_goes_on_from_its_own_start_alone_and_says_what_has_changed(
+    start, uninterrupted, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], folder)
+    other = new_model(ModelConfig(), 1)
+    save_model(tmp_path / "other", other, other.params)
+    with pytest.raises(UserError, match=r"start \(checkpoint: "):
+        run_rl(config_in(folder, tmp_path / "other", steps=4))
+    moved = shutil.copytree(start, tmp_path / "moved")  # the same model elsewhere will do
+    objective = ObjectiveConfig("group_std")
+    run_rl(config_in(folder, moved, steps=4, objective=objective))
+    said = capsys.readouterr().out
+    assert "going on from step 3 of 4" in said
+    assert "settings have changed: " in said and "steps: 3 -> 4" in said
+    assert "objective.normalizer: None -> group_std" in said
+
+
+def test_settings_that_rollouts_and_grades_depend_on_have_a_name_of_their_own(tmp_path):
+    file = tmp_path / "grade.py"
+    file.write_text("def grade(answer, reference): return True")
+    config = dataclasses.replace(SMALL, grading=GradingConfig("python", file=file))
+    name = settings_digest(config)
+    assert name == settings_digest(dataclasses.replace(config, checkpoint_every=7, run_dir="x"))
+    assert name != settings_digest(dataclasses.replace(config, preset="grpo"))
+    file.write_text("def grade(answer, reference): return False")
+    assert name != settings_digest(config)
+
+
+def test_a_folder_is_used_by_one_command_at_a_time(start, tmp_path):
+    with (
+        only_run(tmp_path / "run"),
+        pytest.raises(UserError, match="another process is training in this folder"),
+    ):
+        run_rl(config_in(tmp_path / "run", start))
+
+
+def test_sampling_is_checked_before_anything_is_read(start, tmp_path):
+    sampling = dataclasses.replace(SMALL.sampling, top_p=0.0)
+    with pytest.raises(UserError, match="^sampling: .*top_p"):
+        run_rl(config_in(tmp_path / "run", start, sampling=sampling, problems=("nowhere.jsonl",)))
 
 
 def test_the_start_is_not_changed_by_training(start, uninterrupted):

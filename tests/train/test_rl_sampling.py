@@ -10,7 +10,7 @@ from tests.train.writing_engine import WritingEngine, problems_of
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
 from tw_jax.models.config import PRESETS
-from tw_jax.rewards.graders import grade_exact
+from tw_jax.rewards.graders import Grade, grade_exact
 from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.pending_rollouts import PendingRollouts
 from tw_jax.train.rl_config import RLConfig
@@ -179,6 +179,27 @@ def test_settings_that_do_not_fit_are_refused():
     assert CONFIG.keeps_parts and not AHEAD.keeps_parts
     exact = dataclasses.replace(AHEAD.engine, deterministic=True)
     assert dataclasses.replace(AHEAD, engine=exact).keeps_parts
+
+
+def test_answers_that_the_grader_failed_on_are_graded_again(model, tmp_path):
+    mended = []
+
+    def grader(text, reference):
+        if text == "no" and not mended:
+            return Grade(False, None, "grading_raised", 0.0, "it raised KeyError: 'x'")
+        return grade_exact(text, reference)
+
+    config = dataclasses.replace(CONFIG, max_ungraded_share=0.2)
+    engine = Answering(model, [["yes", "no"] * 3])
+    pending = PendingRollouts(tmp_path, "settings", process=0)
+    problems = problems_of(model, [("?", "yes")], grader)
+    with StepSampler(config, model, engine, problems, pending, lambda: False) as sampler:
+        with pytest.raises(UserError, match="3 of 6 answers"):
+            sampler.sample(0, 0, {})
+        mended.append(True)
+        sample = sampler.sample(0, 0, {})  # nothing is left to sample
+    assert sample is not None
+    assert [grade.reason for grade in sample.grades] == ["correct", "wrong"] * 3
 
 
 def test_an_error_in_the_thread_is_raised_by_the_step(model, tmp_path):

@@ -8,6 +8,7 @@
    window and ends with the same bytes (`store_writer`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -27,6 +28,7 @@ from tw_jax.data.encoded_records import (
     bound_tokenizer,
     encoded_records,
 )
+from tw_jax.data.only_process import only_process
 from tw_jax.data.over_long import Piece, TooLong, fit, too_long_message
 from tw_jax.data.pack_counts import (
     OVER_LONG_COUNTS,
@@ -39,7 +41,7 @@ from tw_jax.data.packing import rows_to_write
 from tw_jax.data.progress import shown_progress
 from tw_jax.data.rejects import Reject, Rejects
 from tw_jax.data.store_manifest import FORMAT_VERSION, Manifest, tokenizer_sha256
-from tw_jax.data.store_writer import PackState, Pending, StoreWriter, only_packer
+from tw_jax.data.store_writer import PackState, Pending, StoreWriter
 from tw_jax.data.tokenizer import SHIPPED
 from tw_jax.errors import UserError
 from tw_jax.trajectory.schema import Schema
@@ -118,7 +120,10 @@ def run_pack(config: PackConfig) -> Manifest:
         "too_long": config.too_long,
         "window": config.window,
     }
-    with only_packer(config.output):
+    alone = contextlib.nullcontext()
+    if "://" not in config.output:
+        alone = only_process(config.output, setting="output", work="packing this store")
+    with alone:
         manifest = writer.finished()
         if manifest is not None:
             _check_finished(config.output, manifest, settings)

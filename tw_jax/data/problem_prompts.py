@@ -15,6 +15,8 @@ from tw_jax.data.rejects import Rejects
 from tw_jax.data.text import encode_prompt
 from tw_jax.errors import UserError
 
+_EMPTY = "it holds no records"
+
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -116,9 +118,11 @@ def _require_problem_of_each(
         if source in usable:
             continue
         fields = [columns.prompt, columns.answer] if needs_answers else [columns.prompt]
-        found = "; ".join(rejects.first_of(source)) or "it holds no records"
+        found = "; ".join(rejects.first_of(source)) or _EMPTY
         remedy = ""
-        if needs_answers:
+        if "prompt_too_long" in found:
+            remedy = "; raise engine.context_len"
+        elif needs_answers and found != _EMPTY:
             remedy = (
                 "; name other fields with columns.*, or grade without answers: "
                 "grading.grader=python grading.needs_answers=false"

@@ -12,7 +12,6 @@ commit and goes on from there; since packing is deterministic, it ends with the 
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -294,32 +293,6 @@ class StoreWriter:
         if "://" not in self._store:
             with contextlib.suppress(OSError):
                 os.rmdir(pathlib.Path(self._store, _JOURNAL))
-
-
-@contextlib.contextmanager
-def only_packer(store: str) -> Iterator[None]:
-    """Keeps others from packing the same store; of local folders only, while the block runs.
-
-    Raises:
-      UserError: another process packs it, or the folder cannot be made.
-    """
-    if "://" in store:
-        yield
-        return
-    try:
-        pathlib.Path(store).mkdir(parents=True, exist_ok=True)
-        folder = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(
-            f"output={store}: no folder can be made there: {error.strerror}; choose another"
-        ) from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, kill or not
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"output={store}: another process is packing this store") from error
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager

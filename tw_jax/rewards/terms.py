@@ -73,6 +73,10 @@ class AccelerationTerm(_Finite):
     clip: float = 0.2
     schedule: Schedule = Schedule()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, clip=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class LatencyTerm(_Finite):

@@ -65,7 +65,9 @@ def graceful_interrupt() -> Iterator[Interrupt]:
         interrupt.requested = True
         interrupt.signal_name = name
         # Not print: a handler may run in the middle of another print and must not re-enter it.
-        os.write(2, f"\n{name}: finishing this step, then saving. Ctrl-C stops at once.\n".encode())
+        os.write(
+            2, f"\n{name}: saving what is done, then stopping. Ctrl-C stops at once.\n".encode()
+        )
 
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:

@@ -81,6 +81,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         require_at_least(self, clip_low=0, clip_high=0, token_budget=1)
         require_at_least(self, kl_coefficient=0, min_abs_advantage=0)
+        if self.clip_low > 1:
+            raise ValueError(f"clip_low={self.clip_low}: a ratio is never below 0; at most 1")
         if self.dual_clip is not None:
             if self.ratio != "ppo_clip":
                 raise ValueError(f"dual_clip={self.dual_clip} needs ratio=ppo_clip")

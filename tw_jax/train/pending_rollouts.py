@@ -13,6 +13,7 @@ training step's parameters were to sample, and under which settings they came ab
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -32,6 +33,7 @@ from tw_jax.rollout.rollout_file import (
 )
 
 FOLDER = "pending"
+_logger = logging.getLogger(__name__)
 
 
 class PendingRollouts:
@@ -95,6 +97,8 @@ class PendingStep:
         Raises:
           UserError: the disk refuses it, or what `generate` raises.
         """
+        with self._file():  # puts aside what cannot be read
+            pass
         if not keep_parts:
             return self._generate_whole(requests, version, generate, on_finish)
         return generate_resumably(
@@ -134,13 +138,21 @@ class PendingStep:
             raise UserError(f"grades {self._grades}: cannot write ({error.strerror})") from error
 
     def is_whole(self, requests: Sequence[Request], version: int) -> bool:
-        """Whether rollouts and grades of all requests are there, sampled by that version."""
+        """Whether rollouts of all requests are there, sampled by that version."""
         if not self._rollouts.exists():
             return False
-        known = self._known_grades()
-        with RolloutFile(self._rollouts) as file:
-            keys = request_keys(requests, self._source(version))
-            return all(key in file.done and key in known for key in keys)
+        with self._file() as file:
+            return all(key in file.done for key in request_keys(requests, self._source(version)))
+
+    def _file(self) -> RolloutFile:
+        """The rollouts; a file that cannot be read is put aside, since all can be sampled again."""
+        try:
+            return RolloutFile(self._rollouts, sync=False)
+        except UserError as error:
+            aside = self._rollouts.with_suffix(".unreadable")
+            self._rollouts.replace(aside)
+            _logger.warning(f"{error}. Put aside as {aside}")
+            return RolloutFile(self._rollouts, sync=False)
 
     def _source(self, version: int) -> str:
         return f"step {version} of {self._settings}"
@@ -164,7 +176,7 @@ class PendingStep:
         on_finish: OnFinish,
     ) -> list[Rollout]:
         keys = request_keys(requests, self._source(version))
-        with RolloutFile(self._rollouts, sync=False) as file:
+        with self._file() as file:
             if all(key in file.done for key in keys):
                 rollouts = [file.done[key] for key in keys]
                 for index, rollout in enumerate(rollouts):

@@ -25,6 +25,7 @@ from tw_jax.errors import UserError
 from tw_jax.parallel.attention import check_backend
 from tw_jax.parallel.mesh import make_layout
 from tw_jax.parallel.processes import is_first_process
+from tw_jax.rollout.request import Request
 from tw_jax.train.advantages import (
     group_advantages,
     kept_rollouts,
@@ -32,6 +33,7 @@ from tw_jax.train.advantages import (
     usable_rollouts,
 )
 from tw_jax.train.checkpoint import Checkpointer
+from tw_jax.train.checkpoint_record import fingerprint
 from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.pending_rollouts import PendingRollouts
 from tw_jax.train.policy_learner import Learned, PolicyLearner
@@ -50,6 +52,7 @@ from tw_jax.train.run_dir import (
     checkpoint_meta,
     checkpoints_dir,
     load_run,
+    only_run,
     prepare_run_dir,
     write_config,
 )
@@ -91,9 +94,7 @@ class _Progress:
         return {"position": self.position, "health": self.health.to_json()}
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any] | None, updates: int, config: RLConfig) -> "_Progress":
-        if saved is None:  # a checkpoint from before runs had more to remember than their step
-            return cls(updates // config.optimizer_steps_per_step * config.prompts)
+    def from_json(cls, saved: dict[str, Any]) -> "_Progress":
         return cls(saved["position"], Health.from_json(saved["health"]))
 
 
@@ -114,6 +115,7 @@ def run_rl(config: RLConfig) -> RLResult:
     model = load_run(config.init_from, config.init_step, layout=layout)
     dtypes: Any = {n: getattr(model.config, n) for n in ("param_dtype", "compute_dtype")}
     source = ModelConfig(config.init_from, schema=model.schema.name, **dtypes)
+    start = fingerprint(model.params)
     model, trainable, params = part(model, config.adapter, source, config.seed, layout)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     learner = PolicyLearner(config, model, trainable, layout)
@@ -124,8 +126,10 @@ def run_rl(config: RLConfig) -> RLResult:
     devices = RolloutDevices(
         model.graphdef, model.schema, config.engine, config.rollout_devices, sampling
     )
-    pending = PendingRollouts(run_dir, _settings_digest(config), jax.process_index())
+    devices.check("sampling", Request(np.zeros(1, np.int32), config.seed, config.sampling))
+    pending = PendingRollouts(run_dir, settings_digest(config), jax.process_index())
     with (
+        only_run(run_dir),
         open_problems(config, model.tokenizer, run_dir) as problems,
         Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
         graceful_interrupt() as interrupt,
@@ -134,6 +138,7 @@ def run_rl(config: RLConfig) -> RLResult:
             model.config,
             model.schema,
             seed=config.seed,
+            start=start,
             prompts=config.prompts,
             group_size=config.group_size,
             **problems.meta,
@@ -142,10 +147,11 @@ def run_rl(config: RLConfig) -> RLResult:
         progress = _Progress()
         if checkpointer.latest_step() is not None:
             state, saved_progress, _ = checkpointer.restore(state, expected_meta=meta)
-            progress = _Progress.from_json(saved_progress, int(state.step), config)
-            _say(f"{run_dir}: going on from a checkpoint")
+            progress = _Progress.from_json(saved_progress)
         write_config(run_dir, config)
-        step = start = saved = int(state.step) // config.optimizer_steps_per_step
+        step = begun = saved = int(state.step) // config.optimizer_steps_per_step
+        if step:
+            _say(f"{run_dir}: going on from step {step} of {config.steps}")
         largest, unhealthy = 0.0, None
 
         def save() -> None:
@@ -157,9 +163,9 @@ def run_rl(config: RLConfig) -> RLResult:
             saved = step
 
         with (
-            make_tracker(config.tracker, run_dir, resume_step=start) as tracker,
-            RolloutSamples(run_dir / SAMPLES_FILE, model.tokenizer, resume_step=start) as samples,
-            shown_progress("P-GRPO", config.steps, start) as shown,
+            make_tracker(config.tracker, run_dir, resume_step=begun) as tracker,
+            RolloutSamples(run_dir / SAMPLES_FILE, model.tokenizer, resume_step=begun) as samples,
+            shown_progress("RL", config.steps, begun) as shown,
             StepSampler(
                 config, model, devices, problems, pending, lambda: interrupt.requested
             ) as sampler,
@@ -214,7 +220,7 @@ def run_rl(config: RLConfig) -> RLResult:
         checkpointer.wait()
         pending.forget_before(saved)
     _say_end(run_dir, step, saved, interrupt.requested)
-    if unhealthy:
+    if unhealthy and step < config.steps:
         raise UserError(
             f"{run_dir}: stopped after step {step} of {config.steps}, saved. {unhealthy}. The same "
             "command goes on all the same; health.patience_steps=0 stops no run"
@@ -227,13 +233,15 @@ def run_rl(config: RLConfig) -> RLResult:
     )
 
 
-def _settings_digest(config: RLConfig) -> str:
+def settings_digest(config: RLConfig) -> str:
     """Names the settings under which parameters come about; what only watches them is left out."""
     settings = dataclasses.asdict(config)
     for name in ("run_dir", "tracker", "samples", "checkpoint_every", "keep_checkpoints", "health"):
         del settings[name]
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode())
+    if (file := config.grading.file) is not None and file.is_file():
+        digest.update(file.read_bytes())  # a function that judges in another way
+    return digest.hexdigest()[:16]
 
 
 def _step_facts(sample: StepSample, learned: Learned, teaching: int) -> StepFacts:
@@ -283,10 +291,11 @@ def _say(message: str) -> None:
 
 def _say_end(run_dir: pathlib.Path, step: int, saved: int, interrupted: bool) -> None:
     if interrupted and saved == step:
-        _say(f"Stopped at step {step} and saved. Run the same command again to go on.")
+        _say(f"Stopped at step {step}. Run the same command again to go on.")
     elif interrupted:
         _say(
-            f"Stopped at step {step}. The checkpoint is of step {saved}; rollouts since then are "
-            "kept, and the same command makes the updates again and goes on."
+            f"Stopped at step {step}. Rollouts since the checkpoint of step {saved} are kept: the "
+            "same command makes the updates again and goes on."
         )
-    _say(f"{run_dir}: step {saved}, checkpoint saved")
+    if saved:
+        _say(f"{run_dir}: step {saved}, checkpoint saved")

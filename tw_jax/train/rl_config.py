@@ -58,8 +58,8 @@ class RLConfig:
       engine: size of the rollout engine.
       reward: see `RewardConfig`.
       preset: a published objective by its name (`tw_jax.train.objective_presets`); null takes
-        `objective`.
-      objective: see `ObjectiveConfig`; for objectives that `preset` does not name.
+        `objective`, or else "pgrpo".
+      objective: an objective that `preset` does not name; not given with one.
       measure_entropy: log the policy's entropy, by kind of token; worked out beside the loss.
       measure_kl_to_start: log how far the policy is from the model that the run started from: one
         more forward pass, and the start's parameters stay in memory.
@@ -100,7 +100,7 @@ class RLConfig:
     engine: EngineConfig = EngineConfig()
     reward: RewardConfig = RewardConfig()
     preset: ObjectiveName | None = None
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig | None = None
     measure_entropy: bool = True
     measure_kl_to_start: bool = True
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -129,7 +129,7 @@ class RLConfig:
             raise ValueError(
                 f"updates_per_step={self.updates_per_step}: must lie in 1..prompts={self.prompts}"
             )
-        if self.preset is not None and self.objective != ObjectiveConfig():
+        if self.preset is not None and self.objective is not None:
             raise ValueError(f"preset={self.preset} excludes settings of objective: give one")
         if self.refill_rounds and not self.policy_objective.drop_zero_variance:
             raise ValueError(
@@ -168,5 +168,5 @@ class RLConfig:
 
     @property
     def policy_objective(self) -> ObjectiveConfig:
-        """The objective that is minimised: the preset's, or `objective`."""
-        return self.objective if self.preset is None else PRESETS[self.preset]
+        """The objective that is minimised: `objective`, or the preset's."""
+        return self.objective or PRESETS[self.preset or "pgrpo"]

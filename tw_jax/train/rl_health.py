@@ -28,7 +28,9 @@ class HealthConfig:
     """When a run stops by itself, saves, and says why.
 
     Attributes:
-      patience_steps: steps in a row that a fault must last; 0 never stops a run.
+      patience_steps: steps in a row that a fault must last; 0 never stops a run. Where chance could
+        do it in a small run, more is asked for: groups without different rewards must be at least
+        100 in a row, and a fall of the accuracy beyond what so few groups explain.
       min_format_valid_rate: a smaller share of rollouts whose blocks parse is a fault. Answers
         without any block parse, so this is a model whose nearly every answer has broken tags.
       collapse_share: the accuracy over the last `patience_steps` steps below this share of the best

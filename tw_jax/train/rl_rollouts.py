@@ -159,7 +159,9 @@ def sample_share(
             keep_parts=config.keeps_parts,
         )
         graded = problems.grading.collect(config.grading_wait_s)
-        pending.keep_grades(requests, version, graded)
+        # What a grader failed on it may judge once it has been mended.
+        judged = {i: grade for i, grade in graded.items() if grade.failure is None}
+        pending.keep_grades(requests, version, judged)
     except RolloutsStopped:
         problems.grading.collect(0.0)  # nobody will look at these
         return Share(seconds=time.monotonic() - began, stopped=True)

@@ -140,6 +140,10 @@ class RolloutDevices:
         first = self.engines[0]
         self._hand_over = WeightHandOver(first.model_config, first.weights_format, places)
 
+    def check(self, name: str, request: Request) -> None:
+        """See `RolloutEngine.check`."""
+        self.engines[0].check(name, request)
+
     def take(self, params: Params) -> None:
         """Samples with these parameters from now on; see `WeightHandOver.take`."""
         self._hand_over.take(params)

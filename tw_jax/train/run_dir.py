@@ -9,20 +9,23 @@ runs/NAME/
   tensorboard/     the same for TensorBoard
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import yaml
 from flax import nnx
 
 from tw_jax import config_fields
 from tw_jax.config import to_yaml
 from tw_jax.config_checks import require_at_least
+from tw_jax.data.only_process import only_process
 from tw_jax.data.tokenizer import tokenizer_in
 from tw_jax.errors import UserError
 from tw_jax.models import qwen3
@@ -201,10 +204,50 @@ def has_checkpoint(run_dir: str | pathlib.Path) -> bool:
 
 
 def write_config(run_dir: pathlib.Path, config: Any) -> None:
-    """Writes the resolved configuration, once it is known to fit what the folder holds."""
+    """Writes the resolved configuration, once it is known to fit what the folder holds.
+
+    Where a run goes on under other settings than before, they are said.
+    """
     if not is_first_process():
         return
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    path, text = run_dir / "config.yaml", to_yaml(config)
+    if has_checkpoint(run_dir) and path.exists():
+        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        now = _flat(yaml.safe_load(text))
+        changes = [
+            f"{name}: {before.get(name)} -> {now.get(name)}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
+        if changes:
+            print(f"{run_dir}: settings have changed: {'; '.join(changes)}")
+    path.write_text(text, encoding="utf-8")
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    if not isinstance(settings, dict) or not settings:
+        return {prefix[:-1]: settings}
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.")
+    return found
+
+
+@contextlib.contextmanager
+def only_run(run_dir: str | pathlib.Path) -> Iterator[None]:
+    """Keeps other commands from training in the same folder while the block runs.
+
+    The first process of a run sees to it.
+
+    Raises:
+      UserError: another command trains there.
+    """
+    if not is_first_process():
+        yield
+        return
+    with only_process(run_dir, setting="run_dir", work="training in this folder; wait, or end it"):
+        yield
 
 
 def prepare_run_dir(run_dir: str | pathlib.Path, tokenizer: Any) -> pathlib.Path:

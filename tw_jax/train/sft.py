@@ -38,6 +38,7 @@ from tw_jax.train.run_dir import (
     checkpoint_meta,
     checkpoints_dir,
     new_model,
+    only_run,
     prepare_run_dir,
     write_config,
 )
@@ -175,6 +176,7 @@ def run_sft(config: SFTConfig, hooks: Sequence[tuple[int, Hook]] = ()) -> SFTRes
     )
     heldout_loss = float("nan")
     with (
+        only_run(run_dir),
         Checkpointer(checkpoints_dir(run_dir), keep=config.keep_checkpoints) as checkpointer,
         graceful_interrupt() as interrupt,
     ):
