@@ -65,7 +65,7 @@ def page(run) -> str:
 def test_everything_is_there(page):
     for words in (
         "From beginning to end", "Reward terms", "Time split", "How rollouts end", "thread stop",
-        "Entropy", "KL", "Gradient norm", "Sampler against trainer", "Clipped tokens",
+        "Entropy", "KL", "Gradient norm", "Sampler and trainer apart", "Clipped tokens",
         "Everything else that was logged", "Sampled rollouts", "long body",
         "accuracy 1 + acceleration 0.19", "+0.250", "format breaks", "learning_rate: 0.003",
         "&lt;Parallel&gt;\n&lt;Outlines&gt;", "Step 12", "Rollout timeline",
