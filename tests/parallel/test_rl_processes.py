@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -24,7 +26,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 TW_JAX = f"{sys.executable} -m tw_jax.cli"
 BASE = dataclasses.replace(
     SMALL,
-    steps=4,
+    steps=6,
     prompts=5,  # so that the processes' shares differ in size
     rows=4,
     samples=RolloutSamplesConfig(every=1, rollouts=20),
@@ -55,29 +57,45 @@ def start(tmp_path_factory):
     return folder
 
 
-def rl(config, *, processes, devices):
-    folder = pathlib.Path(config.run_dir)
-    path = folder.with_suffix(".yaml")
+def command(config, processes, devices):
+    """Words and environment of the run."""
+    path = pathlib.Path(config.run_dir).with_suffix(".yaml")
     path.write_text(to_yaml(config))
-    environ = {"JAX_PLATFORMS": "cpu"}
-    words = ["rl", str(path)]
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if processes > 1:
         script = str(REPOSITORY / "launch/local_multiprocess.sh")
-        words = [script, str(processes), str(devices), *words]
-        environ["TW_JAX"] = TW_JAX
-    else:
-        words = [*TW_JAX.split(), *words]
-        environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        words = [script, str(processes), str(devices), "rl", str(path)]
+        return words, environ | {"TW_JAX": TW_JAX}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return [*TW_JAX.split(), "rl", str(path)], environ | {"XLA_FLAGS": flags}
+
+
+def rl(config, *, processes, devices):
+    words, environ = command(config, processes, devices)
     done = subprocess.run(
-        words,
-        cwd=REPOSITORY,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=900,
+        words, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def rl_killed(config, step, *, processes, devices):
+    """Kills all processes of a run once it has logged a step."""
+    words, environ = command(config, processes, devices)
+    metrics = pathlib.Path(config.run_dir) / "metrics.jsonl"
+    run = subprocess.Popen(
+        words,
+        cwd=REPOSITORY,
+        env=environ,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (metrics.exists() and len(read_metrics(metrics)) >= step):
+        assert run.poll() is None, "it ended by itself"
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
 
 
 def texts(folder):
@@ -99,21 +117,22 @@ def test_two_processes_roll_out_and_train_as_one(name, start, tmp_path):
     devices = 4 - CONFIGS[name].rollout_devices.dedicated
     rl(config("one"), processes=1, devices=devices)
     said = rl(config("two"), processes=2, devices=2)
-    assert said.count("step 4, checkpoint saved") == 1  # one of the processes speaks
-    rl(config("parts", steps=2), processes=2, devices=2)
+    assert said.count("step 6, checkpoint saved") == 1  # one of the processes speaks
+    rl_killed(config("parts"), 3, processes=2, devices=2)
     rl(config("parts"), processes=2, devices=2)
 
     assert texts(two) == texts(one)
     rows = {run: read_metrics(run / "metrics.jsonl") for run in (one, two, parts)}
-    assert [row["step"] for row in rows[two]] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows[two]] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(rows[two], rows[one], strict=True):
         assert ours["reward"] == theirs["reward"]
         # Same mesh, same program: gloo adds up in another order than one process does.
         for metric in ("loss", "nll", "grad_norm", "kl_start", "entropy"):
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5, abs=1e-6)
-        assert ours["logprob_abs_diff_max"] <= 1e-4
-        if name == "apart":
-            assert ours["staleness/max"] == min(ours["step"] - 1, 1)
+        age = min(ours["step"] - 1, 1) if name == "apart" else 0
+        assert ours["staleness/max"] == age
+        # Rollouts that are one update old were sampled by another policy.
+        assert (ours["logprob_abs_diff_max"] <= 1e-4) == (age == 0)
     models = {run: load_run(run) for run in (one, two, parts, start)}
     moved = max(_distances(models[one], models[start]))
     assert moved > 1e-6
