@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any
 
-from benchmarks.rl_results import update_table
+from benchmarks.rl_results import objectives_table, update_table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -148,10 +148,15 @@ def rl_update_block() -> str:
     return update_table(_result("update"), _result("rl_tunix"))
 
 
+def objectives_block() -> str:
+    """The table of objectives, in docs/rl.md."""
+    return objectives_table(_result("objectives"))
+
+
 # Each block stands between `<!-- name -->` and `<!-- /name -->`.
 _BLOCKS = {
     README: {"results": results_block, "decoding": decoding_block, "plan": plan_block},
-    DOCS / "rl.md": {"update": rl_update_block},
+    DOCS / "rl.md": {"update": rl_update_block, "objectives": objectives_block},
 }
 PAGES = tuple(_BLOCKS)
 
