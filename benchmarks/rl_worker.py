@@ -109,7 +109,7 @@ def main(folder: pathlib.Path) -> None:
                 facts = [
                     RolloutFacts(False, True, r.total_tokens, r.critical_path) for r in rollouts
                 ]
-                sample = StepSample(rollouts, [], facts, rewards, seconds=0.0)
+                sample = StepSample(rollouts, [], facts, [], rewards, seconds=0.0)
                 advantages = group_advantages(rewards, config.policy_objective.normalizer)
                 kept = kept_rollouts(config.policy_objective, rewards, advantages)
             learned = learner.learn(state, step, sample, advantages, kept, times)

@@ -1,5 +1,6 @@
 """An HTTP server of a test, on this machine alone."""
 
+import abc
 import http.server
 import threading
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ class LoopbackHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True  # the client did not wait
 
 
-class LoopbackServer:
+class LoopbackServer(abc.ABC):
     """`with SomeServer(...) as server`; subclasses say how a request is handled.
 
     Attributes:
@@ -37,9 +38,9 @@ class LoopbackServer:
 
     url: str
 
+    @abc.abstractmethod
     def handler(self) -> type[LoopbackHandler]:
         """The class that answers requests."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self.handler())

@@ -44,11 +44,11 @@ def sampled(step, rollouts, *, version=3, keep_parts=True, fail_behind=None):
     found = None
     try:
         found = step.generate(
+            step.keys(REQUESTS, version),
             REQUESTS,
-            version,
             recorded,
             on_finish=lambda index, rollout: seen.append(index),
-            keep_parts=keep_parts,
+            parts=keep_parts,
         )
     except KeyboardInterrupt:
         pass
@@ -67,9 +67,9 @@ def test_what_was_sampled_is_not_sampled_again(tmp_path, rollouts, keep_parts):
     asked, seen, again = sampled(pending.step(3), rollouts, keep_parts=keep_parts)
     assert (asked, seen) == ([], list(range(6)))
     assert texts(again) == texts(first)
-    pending.step(3).keep_grades(REQUESTS, 3, GRADES)
-    assert pending.step(3).grades(REQUESTS, 3) == GRADES
-    assert pending.step(3).is_whole(REQUESTS, 3)
+    pending.step(3).keep_grades(pending.step(3).keys(REQUESTS, 3), GRADES)
+    assert pending.step(3).grades(pending.step(3).keys(REQUESTS, 3)) == GRADES
+    assert pending.step(3).is_whole(pending.step(3).keys(REQUESTS, 3))
 
 
 def test_only_parts_that_may_be_kept_are(tmp_path, rollouts):
@@ -77,7 +77,7 @@ def test_only_parts_that_may_be_kept_are(tmp_path, rollouts):
     for keep_parts, rest in ((True, seeds[4:]), (False, seeds)):
         step = PendingRollouts(tmp_path / str(keep_parts), "settings", process=0).step(0)
         sampled(step, rollouts, keep_parts=keep_parts, fail_behind=4)
-        assert not step.is_whole(REQUESTS, 3)
+        assert not step.is_whole(step.keys(REQUESTS, 3))
         asked, seen, found = sampled(step, rollouts, keep_parts=keep_parts)
         assert asked == rest
         assert sorted(seen) == list(range(6))
@@ -88,7 +88,7 @@ def test_only_parts_that_may_be_kept_are(tmp_path, rollouts):
 def test_rollouts_of_anything_else_are_not_taken(tmp_path, rollouts, change):
     pending = PendingRollouts(tmp_path, "settings", process=0)
     sampled(pending.step(3), rollouts)
-    pending.step(3).keep_grades(REQUESTS, 3, GRADES)
+    pending.step(3).keep_grades(pending.step(3).keys(REQUESTS, 3), GRADES)
     requests, version, step = REQUESTS, 3, 3
     if change == "version":
         version = 2
@@ -101,21 +101,22 @@ def test_rollouts_of_anything_else_are_not_taken(tmp_path, rollouts, change):
     else:
         sampling = dataclasses.replace(REQUESTS[0].sampling, temperature=0.5)
         requests = [dataclasses.replace(r, sampling=sampling) for r in REQUESTS]
-    assert not pending.step(step).is_whole(requests, version)
-    assert pending.step(step).grades(requests, version) == {}
+    keys = pending.step(step).keys(requests, version)
+    assert not pending.step(step).is_whole(keys)
+    assert pending.step(step).grades(keys) == {}
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "x", "gra', b"\xff\xfe", b"{}\n"])
 def test_torn_grades_are_given_again_and_spoil_no_others(tmp_path, rollouts, torn):
     step = PendingRollouts(tmp_path, "settings", process=0).step(0)
     sampled(step, rollouts)
-    step.keep_grades(REQUESTS, 3, {i: GRADES[i] for i in range(3)})
+    step.keep_grades(step.keys(REQUESTS, 3), {i: GRADES[i] for i in range(3)})
     with (tmp_path / "pending/000000/grades.0.jsonl").open("ab") as file:
         file.write(torn)
-    assert step.grades(REQUESTS, 3) == {i: GRADES[i] for i in range(3)}
-    step.keep_grades(REQUESTS, 3, {i: GRADES[i] for i in range(3, 6)})
-    assert step.grades(REQUESTS, 3) == GRADES
-    assert step.is_whole(REQUESTS, 3)
+    assert step.grades(step.keys(REQUESTS, 3)) == {i: GRADES[i] for i in range(3)}
+    step.keep_grades(step.keys(REQUESTS, 3), {i: GRADES[i] for i in range(3, 6)})
+    assert step.grades(step.keys(REQUESTS, 3)) == GRADES
+    assert step.is_whole(step.keys(REQUESTS, 3))
 
 
 def test_a_file_that_cannot_be_read_is_put_aside_and_sampled_anew(tmp_path, rollouts, caplog):
@@ -124,7 +125,7 @@ def test_a_file_that_cannot_be_read_is_put_aside_and_sampled_anew(tmp_path, roll
     for keep_parts in (True, False):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rollouts.0.jsonl").write_text("no rollout\n")
-        assert not step.is_whole(REQUESTS, 3)
+        assert not step.is_whole(step.keys(REQUESTS, 3))
         (folder / "rollouts.0.jsonl").write_text("no rollout\n")
         asked, _, found = sampled(step, rollouts, keep_parts=keep_parts)
         assert len(asked) == 6 and texts(found) == texts(rollouts)

@@ -114,9 +114,9 @@ def test_a_hanging_grader_costs_its_limit_and_the_step_goes_on(model, tmp_path):
         rollouts, grades = sample_step(config, model, engine, problems, step=0)
         assert time.monotonic() - began_s < 20
         assert [g.reason for g in grades] == ["correct", "grading_timeout", "correct", "correct"]
-        facts, rewards = step_rewards(config, model, rollouts, grades, 0)
+        facts, terms, rewards = step_rewards(config, model, rollouts, grades, 0)
         assert rewards.tolist() == [[1.0, 0.0], [1.0, 1.0]]
-        metrics = reward_metrics(config, facts, 0)
+        metrics = reward_metrics(facts, terms)
         assert metrics["ungraded"] == metrics["ungraded/grading_timeout"] == 0.25
         hanging = WritingEngine(model, list("1111"))
         short = dataclasses.replace(config, grading_wait_s=0.5, max_ungraded_share=1.0)
@@ -135,9 +135,9 @@ def test_rewards_of_a_group_without_any_success_are_finite(model):
     )
     problems = problems_of(model, [("?", "2")], grade_exact)
     rollouts, grades = sample_step(config, model, engine, problems, step=0)
-    facts, rewards = step_rewards(config, model, rollouts, grades, 0)
+    facts, terms, rewards = step_rewards(config, model, rollouts, grades, 0)
     assert rewards.tolist() == [[-1.0, -1.0], [-1.0, -1.0]]
-    assert reward_metrics(config, facts, 0) == {
+    assert reward_metrics(facts, terms) == {
         "reward/accuracy": -1.0,
         "reward/acceleration": 0.0,
         "reward/latency": 0.0,
@@ -152,11 +152,11 @@ def test_latency_looks_at_its_own_group_only(model):
     )
     problems = problems_of(model, [("?", "2")], grade_exact)
     rollouts, grades = sample_step(config, model, engine, problems, step=0)
-    facts, rewards = step_rewards(config, model, rollouts, grades, 0)
+    facts, terms, rewards = step_rewards(config, model, rollouts, grades, 0)
     assert [fact.critical_path for fact in facts] == [2, 21, 2, 2]
     gain = 1 - 2 / 11.5
     np.testing.assert_allclose(rewards, [[1 + gain, 1 - gain], [1, 1]])
-    assert reward_metrics(config, facts, 0)["reward/latency"] == pytest.approx(0)
+    assert reward_metrics(facts, terms)["reward/latency"] == pytest.approx(0)
 
 
 def test_the_token_budget_reaches_the_overlong_term(model):
@@ -165,9 +165,9 @@ def test_the_token_budget_reaches_the_overlong_term(model):
     config = dataclasses.replace(CONFIG, reward=RewardConfig("dapo"), sampling=sampling)
     problems = problems_of(model, [("?", "2")], grade_exact)
     rollouts, grades = sample_step(config, model, engine, problems, step=0)
-    facts, rewards = step_rewards(config, model, rollouts, grades, 0)
+    facts, terms, rewards = step_rewards(config, model, rollouts, grades, 0)
     assert rewards.tolist() == [[1, -2], [1, 1]]
-    assert reward_metrics(config, facts, 0)["reward/overlong"] == -0.25
+    assert reward_metrics(facts, terms)["reward/overlong"] == -0.25
 
 
 # --- problems of files --------------------------------------------------------------------------

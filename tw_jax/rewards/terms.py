@@ -33,6 +33,14 @@ class _Finite:
                 raise ValueError(f"{field.name}={value}: must be a finite number")
 
 
+class _Clipped(_Finite):
+    """Refuses a bonus whose limit would turn it into a penalty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, clip=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class AccuracyTerm(_Finite):
     """Reward of the answer.
@@ -57,7 +65,7 @@ class AccuracyTerm(_Finite):
 
 
 @dataclasses.dataclass(frozen=True)
-class AccelerationTerm(_Finite):
+class AccelerationTerm(_Clipped):
     """Bonus of correct rollouts, `min(weight * eta, clip)` with the acceleration ratio eta.
 
     The paper's 0.5 and 0.2 saturate at eta 0.4. The published code computes
@@ -73,13 +81,9 @@ class AccelerationTerm(_Finite):
     clip: float = 0.2
     schedule: Schedule = Schedule()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, clip=0)
-
 
 @dataclasses.dataclass(frozen=True)
-class LatencyTerm(_Finite):
+class LatencyTerm(_Clipped):
     """Bonus of correct rollouts that are faster than their group, malus of slower ones.
 
     `weight * (1 - critical_path / mean)`, kept within -clip..clip. The mean is that of the group's
@@ -94,10 +98,6 @@ class LatencyTerm(_Finite):
     weight: float = _weight(0.0)
     clip: float = 0.2
     schedule: Schedule = Schedule()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, clip=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,6 @@ def generate_resumably(
     *,
     source: str,
     on_finish: OnFinish | None = None,
-    sync: bool = True,
 ) -> list[Rollout]:
     """Samples what a file does not hold yet, and appends every rollout as it finishes.
 
@@ -50,8 +49,6 @@ def generate_resumably(
         `RolloutEngine.generate` with its parameters, or `RolloutClient.generate`.
       source: what answers: a run and its step, a server's model. Rollouts of another are not taken.
       on_finish: called with (index, rollout), first for those that the file holds.
-      sync: wait until each rollout is on the disk; else a crash of the machine, though not of the
-        process, may lose the last ones.
 
     Returns:
       Rollouts in the order of the requests.
@@ -60,23 +57,54 @@ def generate_resumably(
       UserError: the file cannot be read or written, or what `generate` raises.
     """
     keys = request_keys(requests, source)
-    with RolloutFile(path, sync=sync) as file:
-        rollouts = {i: file.done[key] for i, key in enumerate(keys) if key in file.done}
-        for index, rollout in rollouts.items():
-            if on_finish is not None:
-                on_finish(index, rollout)
-        missing = [i for i in range(len(requests)) if i not in rollouts]
+    with RolloutFile(path) as file:
+        return generate_into(file, keys, requests, generate, on_finish=on_finish)
 
-        def keep(position: int, rollout: Rollout) -> None:
-            index = missing[position]
-            rollouts[index] = rollout
-            if rollout.finish_reason not in _UNFINISHED:
-                file.append(keys[index], rollout)
-            if on_finish is not None:
-                on_finish(index, rollout)
 
-        if missing:
-            generate([requests[i] for i in missing], keep)
+def generate_into(
+    file: "RolloutFile",
+    keys: Sequence[str],
+    requests: Sequence[Request],
+    generate: Generate,
+    *,
+    on_finish: OnFinish | None = None,
+    parts: bool = True,
+) -> list[Rollout]:
+    """`generate_resumably` with an open file and the requests' keys.
+
+    Args:
+      file: what was sampled before, and takes the rest.
+      keys: of the requests (`request_keys`).
+      requests: what to sample.
+      generate: see `generate_resumably`.
+      on_finish: see `generate_resumably`.
+      parts: write every rollout as it finishes. Else all at the end, and unless the file holds all
+        of them, all are sampled: what is sampled together decides their last bits.
+    """
+    rollouts = {i: file.done[key] for i, key in enumerate(keys) if key in file.done}
+    if not parts and len(rollouts) < len(keys):
+        rollouts = {}
+    for index, rollout in rollouts.items():
+        if on_finish is not None:
+            on_finish(index, rollout)
+    missing = [i for i in range(len(requests)) if i not in rollouts]
+
+    def write(index: int) -> None:
+        if rollouts[index].finish_reason not in _UNFINISHED:
+            file.append(keys[index], rollouts[index])
+
+    def keep(position: int, rollout: Rollout) -> None:
+        index = missing[position]
+        rollouts[index] = rollout
+        if parts:
+            write(index)
+        if on_finish is not None:
+            on_finish(index, rollout)
+
+    if missing:
+        generate([requests[i] for i in missing], keep)
+        for index in () if parts else missing:
+            write(index)
     return [rollouts[index] for index in range(len(requests))]
 
 

@@ -139,12 +139,6 @@ def describe_arrays(leaves: Mapping[str, Any]) -> dict[str, ArrayEntry]:
     }
 
 
-def fingerprint(tree: Any) -> str:
-    """A short name of a tree's arrays: the same on any number of devices."""
-    entries = describe_arrays(flatten_by_path(tree))
-    return f"{_crc32({path: dataclasses.asdict(e) for path, e in entries.items()}):08x}"
-
-
 def check_content(record: CheckpointRecord, loaded: Mapping[str, Any]) -> None:
     """Compares loaded arrays with the checksums taken when they were saved.
 

@@ -17,7 +17,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tw_jax.errors import UserError
@@ -28,7 +28,7 @@ from tw_jax.rollout.rollout_file import (
     Generate,
     OnFinish,
     RolloutFile,
-    generate_resumably,
+    generate_into,
     request_keys,
 )
 
@@ -72,59 +72,43 @@ class PendingStep:
         self._rollouts = folder / f"rollouts.{process}.jsonl"
         self._grades = folder / f"grades.{process}.jsonl"
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        version: int,
-        generate: Generate,
-        *,
-        on_finish: OnFinish,
-        keep_parts: bool,
-    ) -> list[Rollout]:
-        """Samples what is not there yet, and keeps it.
+    def keys(self, requests: Sequence[Request], version: int) -> list[str]:
+        """Names of the requests' rollouts.
 
         Args:
           requests: of this process.
           version: training steps behind the parameters that sample.
-          generate: samples requests, and hands (index, rollout) over as they finish.
-          on_finish: called with (index, rollout), first for those that are there.
-          keep_parts: keep every rollout as it finishes. Else all of them at once: log-probabilities
-            depend in their last bits on what is sampled together.
+        """
+        return request_keys(requests, f"step {version} of {self._settings}")
 
-        Returns:
-          Rollouts in the order of the requests.
+    def generate(
+        self,
+        keys: Sequence[str],
+        requests: Sequence[Request],
+        generate: Generate,
+        *,
+        on_finish: OnFinish,
+        parts: bool,
+    ) -> list[Rollout]:
+        """Samples what is not there yet, and keeps it (`tw_jax.rollout.rollout_file`).
 
         Raises:
           UserError: the disk refuses it, or what `generate` raises.
         """
-        with self._file():  # puts aside what cannot be read
-            pass
-        if not keep_parts:
-            return self._generate_whole(requests, version, generate, on_finish)
-        return generate_resumably(
-            self._rollouts,
-            requests,
-            generate,
-            source=self._source(version),
-            on_finish=on_finish,
-            sync=False,
-        )
+        with self._file() as file:
+            return generate_into(file, keys, requests, generate, on_finish=on_finish, parts=parts)
 
-    def grades(self, requests: Sequence[Request], version: int) -> dict[int, Grade]:
-        """The grades that are there, by index of the request."""
+    def grades(self, keys: Sequence[str]) -> dict[int, Grade]:
+        """The grades that are there, by index of the key."""
         known = self._known_grades()
-        keys = request_keys(requests, self._source(version))
         return {i: known[key] for i, key in enumerate(keys) if key in known}
 
-    def keep_grades(
-        self, requests: Sequence[Request], version: int, grades: Mapping[int, Grade]
-    ) -> None:
-        """Keeps further grades, by index of the request.
+    def keep_grades(self, keys: Sequence[str], grades: Mapping[int, Grade]) -> None:
+        """Keeps further grades, by index of the key.
 
         Raises:
           UserError: the disk refuses it.
         """
-        keys = request_keys(requests, self._source(version))
         lines = "".join(
             json.dumps({"key": keys[index], "grade": dataclasses.asdict(grade)}) + "\n"
             for index, grade in grades.items()
@@ -137,12 +121,12 @@ class PendingStep:
         except OSError as error:
             raise UserError(f"grades {self._grades}: cannot write ({error.strerror})") from error
 
-    def is_whole(self, requests: Sequence[Request], version: int) -> bool:
-        """Whether rollouts of all requests are there, sampled by that version."""
+    def is_whole(self, keys: Sequence[str]) -> bool:
+        """Whether the rollouts of all keys are there."""
         if not self._rollouts.exists():
             return False
         with self._file() as file:
-            return all(key in file.done for key in request_keys(requests, self._source(version)))
+            return all(key in file.done for key in keys)
 
     def _file(self) -> RolloutFile:
         """The rollouts; a file that cannot be read is put aside, since all can be sampled again."""
@@ -154,9 +138,6 @@ class PendingStep:
             _logger.warning(f"{error}. Put aside as {aside}")
             return RolloutFile(self._rollouts, sync=False)
 
-    def _source(self, version: int) -> str:
-        return f"step {version} of {self._settings}"
-
     def _known_grades(self) -> dict[str, Grade]:
         known = {}
         if self._grades.exists():
@@ -167,25 +148,6 @@ class PendingStep:
                 except (ValueError, KeyError, TypeError):
                     continue  # torn by a crash: graded again
         return known
-
-    def _generate_whole(
-        self,
-        requests: Sequence[Request],
-        version: int,
-        generate: Callable[[Sequence[Request], OnFinish], Any],
-        on_finish: OnFinish,
-    ) -> list[Rollout]:
-        keys = request_keys(requests, self._source(version))
-        with self._file() as file:
-            if all(key in file.done for key in keys):
-                rollouts = [file.done[key] for key in keys]
-                for index, rollout in enumerate(rollouts):
-                    on_finish(index, rollout)
-                return rollouts
-            rollouts = generate(requests, on_finish)
-            for key, rollout in zip(keys, rollouts, strict=True):
-                file.append(key, rollout)
-        return rollouts
 
 
 def _ends_with_line(path: pathlib.Path) -> bool:

@@ -40,7 +40,7 @@ def policy_term(
     Args:
       config: the objective.
       logprob: under the policy that is trained.
-      log_ratio: log pi / pi_old (`token_log_ratio`, `sequence_log_ratio`); unused by "on_policy".
+      log_ratio: log pi / pi_old of the token, or `sequence_log_ratio`; unused by "on_policy".
       advantage: of the token's rollout.
     """
     nowhere = jnp.zeros(jnp.shape(logprob), bool)

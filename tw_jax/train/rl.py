@@ -26,6 +26,7 @@ from tw_jax.parallel.attention import check_backend
 from tw_jax.parallel.mesh import make_layout
 from tw_jax.parallel.processes import is_first_process
 from tw_jax.rollout.request import Request
+from tw_jax.train.adapter_record import weights_fingerprint
 from tw_jax.train.advantages import (
     group_advantages,
     kept_rollouts,
@@ -33,7 +34,6 @@ from tw_jax.train.advantages import (
     usable_rollouts,
 )
 from tw_jax.train.checkpoint import Checkpointer
-from tw_jax.train.checkpoint_record import fingerprint
 from tw_jax.train.interrupt import graceful_interrupt
 from tw_jax.train.pending_rollouts import PendingRollouts
 from tw_jax.train.policy_learner import Learned, PolicyLearner
@@ -115,7 +115,7 @@ def run_rl(config: RLConfig) -> RLResult:
     model = load_run(config.init_from, config.init_step, layout=layout)
     dtypes: Any = {n: getattr(model.config, n) for n in ("param_dtype", "compute_dtype")}
     source = ModelConfig(config.init_from, schema=model.schema.name, **dtypes)
-    start = fingerprint(model.params)
+    start = weights_fingerprint(model.params)
     model, trainable, params = part(model, config.adapter, source, config.seed, layout)
     run_dir = prepare_run_dir(config.run_dir, model.tokenizer)
     learner = PolicyLearner(config, model, trainable, layout)
@@ -198,8 +198,8 @@ def run_rl(config: RLConfig) -> RLResult:
                     config.health, progress.health, facts, row_len=config.row_len
                 )
                 progress = _Progress(position, health)
-                metrics = _metrics(config, sample, learned, usable, kept, step, times)
-                judged = judged_rollouts(config, sample.facts, sample.grades, advantages, step)
+                metrics = _metrics(sample, learned, usable, kept, times)
+                judged = judged_rollouts(sample.facts, sample.terms, sample.grades, advantages)
                 step += 1
                 tracker.log(step, metrics)
                 samples.write_step(config.samples, step, sample.rollouts, judged, config.group_size)
@@ -225,6 +225,8 @@ def run_rl(config: RLConfig) -> RLResult:
             f"{run_dir}: stopped after step {step} of {config.steps}, saved. {unhealthy}. The same "
             "command goes on all the same; health.patience_steps=0 stops no run"
         )
+    if unhealthy:  # the run is complete, so that nothing was stopped
+        _say(f"Warning: {unhealthy}")
     return RLResult(
         model=dataclasses.replace(model, params=trainable.model_params(state.params), step=step),
         max_logprob_abs_diff=largest,
@@ -258,16 +260,14 @@ def _step_facts(sample: StepSample, learned: Learned, teaching: int) -> StepFact
 
 
 def _metrics(
-    config: RLConfig,
     sample: StepSample,
     learned: Learned,
     usable: np.ndarray,
     kept: np.ndarray,
-    step: int,
     times: StepTimes,
 ) -> dict[str, float]:
     metrics = step_metrics(sample.rollouts, sample.facts, sample.rewards, learned.sums, usable)
-    metrics |= reward_metrics(config, sample.facts, step)
+    metrics |= reward_metrics(sample.facts, sample.terms)
     metrics |= time_metrics(
         times.seconds,
         sampled_tokens=sampled_tokens(sample.rollouts),

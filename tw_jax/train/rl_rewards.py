@@ -15,6 +15,8 @@ from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.rollout_samples import Judged
 from tw_jax.train.run_dir import LoadedModel
 
+Terms = Sequence[Mapping[str, float]]  # by name, one mapping per rollout
+
 
 def step_rewards(
     config: RLConfig,
@@ -22,22 +24,26 @@ def step_rewards(
     rollouts: Sequence[Rollout],
     grades: Sequence[Grade],
     step: int,
-) -> tuple[list[RolloutFacts], Float[np.ndarray, "prompts group_size"]]:
-    """What rewards depend on, per rollout, and the rewards."""
-    budget = config.sampling.max_response_tokens
+) -> tuple[list[RolloutFacts], Terms, Float[np.ndarray, "groups group_size"]]:
+    """What rewards depend on, their terms, and their sums; rollouts are given group by group."""
+    budget, size = config.sampling.max_response_tokens, config.group_size
     facts = [
         rollout_facts(rollout, grade, model.schema, token_budget=budget)
         for rollout, grade in zip(rollouts, grades, strict=True)
     ]
-    rewards = [sum(terms.values()) for terms in _terms(config, facts, step)]
-    return facts, np.reshape(rewards, (-1, config.group_size))
+    terms = [
+        of_rollout
+        for start in range(0, len(facts), size)
+        for of_rollout in group_reward_terms(config.reward, facts[start : start + size], step)
+    ]
+    return facts, terms, np.reshape([sum(t.values()) for t in terms], (-1, size))
 
 
-def reward_metrics(config: RLConfig, facts: Sequence[RolloutFacts], step: int) -> dict[str, float]:
+def reward_metrics(facts: Sequence[RolloutFacts], terms: Terms) -> dict[str, float]:
     """Mean of every reward term that counts, and the share of every way in which grading failed."""
     means: collections.defaultdict[str, float] = collections.defaultdict(float)
-    for terms in _terms(config, facts, step):
-        for name, value in terms.items():
+    for of_rollout in terms:
+        for name, value in of_rollout.items():
             means[f"reward/{name}"] += value / len(facts)
     means["ungraded"] = 0.0
     for fact in facts:
@@ -48,33 +54,22 @@ def reward_metrics(config: RLConfig, facts: Sequence[RolloutFacts], step: int) -
 
 
 def judged_rollouts(
-    config: RLConfig,
     facts: Sequence[RolloutFacts],
+    terms: Terms,
     grades: Sequence[Grade],
-    advantages: Float[np.ndarray, "prompts group_size"],
-    step: int,
+    advantages: Float[np.ndarray, "groups group_size"],
 ) -> list[Judged]:
     """What is kept of every rollout beside itself, for people to look at."""
     return [
         Judged(
-            reward=sum(terms.values()),
-            terms=terms,
+            reward=sum(of_rollout.values()),
+            terms=of_rollout,
             advantage=float(advantage),
             answer=grade.extracted,
             correct=fact.correct,
             format_valid=fact.format_valid,
         )
-        for fact, grade, advantage, terms in zip(
-            facts, grades, advantages.reshape(-1), _terms(config, facts, step), strict=True
+        for fact, grade, advantage, of_rollout in zip(
+            facts, grades, advantages.reshape(-1), terms, strict=True
         )
-    ]
-
-
-def _terms(config: RLConfig, facts: Sequence[RolloutFacts], step: int) -> list[Mapping[str, float]]:
-    """The reward terms of every rollout, group by group."""
-    size = config.group_size
-    return [
-        terms
-        for start in range(0, len(facts), size)
-        for terms in group_reward_terms(config.reward, facts[start : start + size], step)
     ]

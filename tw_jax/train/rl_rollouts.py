@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -26,8 +26,6 @@ from tw_jax.train.pending_rollouts import PendingStep
 from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.rl_problems import RLProblem, RLProblems
 from tw_jax.train.run_dir import LoadedModel
-
-_LEN_BYTES = 8
 
 
 class Sampler(Protocol):
@@ -141,7 +139,8 @@ def sample_share(
     began = time.monotonic()
     mine = asked.share(jax.process_index(), jax.process_count())
     requests = [asked.requests[i] for i in mine]
-    known = pending.grades(requests, version)
+    keys = pending.keys(requests, version)
+    known = pending.grades(keys)
 
     def submit(index: int, rollout: Rollout) -> None:
         if index not in known:
@@ -150,18 +149,18 @@ def sample_share(
 
     try:
         rollouts = pending.generate(
+            keys,
             requests,
-            version,
             lambda missing, on_finish: sampler.generate(
                 missing, on_finish=on_finish, should_stop=should_stop
             ),
             on_finish=submit,
-            keep_parts=config.keeps_parts,
+            parts=config.keeps_parts,
         )
         graded = problems.grading.collect(config.grading_wait_s)
         # What a grader failed on it may judge once it has been mended.
         judged = {i: grade for i, grade in graded.items() if grade.failure is None}
-        pending.keep_grades(requests, version, judged)
+        pending.keep_grades(keys, judged)
     except RolloutsStopped:
         problems.grading.collect(0.0)  # nobody will look at these
         return Share(seconds=time.monotonic() - began, stopped=True)
@@ -179,7 +178,9 @@ def exchanged(own: Share, asked: Round) -> Share:
     """
     shares = [own]
     if jax.process_count() > 1:
-        shares = [_share_from_bytes(data) for data in gathered_bytes(_share_to_bytes(own))]
+        said = gathered_bytes(json.dumps(_said(own)).encode())
+        sampled = gathered_bytes(rollouts_to_bytes(own.rollouts))
+        shares = [_share(json.loads(a), b) for a, b in zip(said, sampled, strict=True)]
     for process, share in enumerate(shares):
         if share.error is not None:
             where = f"process {process}: " if len(shares) > 1 else ""
@@ -195,19 +196,12 @@ def exchanged(own: Share, asked: Round) -> Share:
     return Share([r for r, _ in in_order], [g for _, g in in_order], seconds)
 
 
-def _share_to_bytes(share: Share) -> bytes:
-    said = {
-        "grades": [dataclasses.asdict(grade) for grade in share.grades],
-        "seconds": share.seconds,
-        "stopped": share.stopped,
-        "error": share.error,
-    }
-    head = json.dumps(said).encode()
-    return len(head).to_bytes(_LEN_BYTES, "little") + head + rollouts_to_bytes(share.rollouts)
+def _said(share: Share) -> dict[str, Any]:
+    """All of a share but its rollouts."""
+    grades = [dataclasses.asdict(grade) for grade in share.grades]
+    return {**vars(share), "rollouts": (), "grades": grades}
 
 
-def _share_from_bytes(data: bytes) -> Share:
-    end = _LEN_BYTES + int.from_bytes(data[:_LEN_BYTES], "little")
-    said = json.loads(data[_LEN_BYTES:end])
-    grades = [Grade(**grade) for grade in said.pop("grades")]
-    return Share(rollouts_from_bytes(data[end:]), grades, **said)
+def _share(said: dict[str, Any], rollouts: bytes) -> Share:
+    grades = [Grade(**grade) for grade in said["grades"]]
+    return Share(**{**said, "rollouts": rollouts_from_bytes(rollouts), "grades": grades})

@@ -26,7 +26,7 @@ from tw_jax.train.advantages import usable_rollouts, varies
 from tw_jax.train.pending_rollouts import PendingRollouts
 from tw_jax.train.rl_config import RLConfig
 from tw_jax.train.rl_problems import RLProblems
-from tw_jax.train.rl_rewards import step_rewards
+from tw_jax.train.rl_rewards import Terms, step_rewards
 from tw_jax.train.rl_rollouts import Round, Sampler, Share, exchanged, make_round, sample_share
 from tw_jax.train.run_dir import LoadedModel
 
@@ -51,6 +51,7 @@ class StepSample:
       rollouts: group by group.
       grades: one per rollout.
       facts: one per rollout.
+      terms: of the reward, one mapping per rollout.
       rewards: of every rollout.
       seconds: spent on sampling; more than the step waited, where it was done ahead.
     """
@@ -58,6 +59,7 @@ class StepSample:
     rollouts: Sequence[Rollout]
     grades: Sequence[Grade]
     facts: Sequence[RolloutFacts]
+    terms: Terms
     rewards: Float[np.ndarray, "groups group_size"]
     seconds: float
 
@@ -118,21 +120,25 @@ class StepSampler:
         Raises:
           UserError: something went wrong in any process, or too many answers were not graded.
         """
-        rounds: list[_Sampled] = []
-        while missing := self._missing(rounds, step):
+        rounds: list[StepSample] = []
+        while missing := self._missing(rounds):
             ahead, self._ahead = self._ahead, None
             if ahead is not None:
                 asked, version, own = ahead.asked, ahead.version, ahead.share.result()
             else:
-                groups = sum(len(done.asked.problems) for done in rounds)
+                groups = sum(len(done.rewards) for done in rounds)
                 asked = self._round(step, position, groups, missing)
                 version, own = self._sample_now(step, asked, params, first=not rounds)
             share = exchanged(own, asked)
             if share.stopped:
                 self._cut_ahead |= version < step
                 return None
-            rounds.append(_Sampled(asked, version, share))
-        return self._joined(rounds, step)
+            rounds.append(self._judged(share, version, step))
+            require_graded(
+                [grade for done in rounds for grade in done.grades],
+                self._config.max_ungraded_share,
+            )
+        return _joined(rounds)
 
     def begin(self, step: int, position: int, params: Any) -> None:
         """Starts to sample a step by the parameters of the step before it.
@@ -168,15 +174,18 @@ class StepSampler:
 
     # --- one round --------------------------------------------------------------------------------
 
-    def _missing(self, rounds: Sequence["_Sampled"], step: int) -> int:
+    def _missing(self, rounds: Sequence[StepSample]) -> int:
         """Problems that the next round of a step has to ask; 0 where there is none."""
         if not rounds:
             return self._config.prompts
         if len(rounds) > self._config.refill_rounds:
             return 0
-        sample = self._joined(rounds, step)
-        usable = usable_rollouts(self._config.policy_objective, sample.format_valid)
-        return max(self._config.prompts - int(varies(sample.rewards, usable).sum()), 0)
+        objective = self._config.policy_objective
+        differing = sum(
+            int(varies(done.rewards, usable_rollouts(objective, done.format_valid)).sum())
+            for done in rounds
+        )
+        return max(self._config.prompts - differing, 0)
 
     def _round(self, step: int, position: int, asked: int, count: int) -> Round:
         return make_round(self._config, self._problems, step, position, asked, count)
@@ -189,7 +198,7 @@ class StepSampler:
         requests = [asked.requests[i] for i in mine]
         kept, was_ahead = self._pending.step(step), first and self._config.overlap and step > 0
         for version in (step - 1, step) if was_ahead else (step,):
-            if _everywhere(kept.is_whole(requests, version)):
+            if _everywhere(kept.is_whole(kept.keys(requests, version))):
                 return version, self._sample_share(step, asked, version)
         self._hand_over(params, step)
         return step, self._sample_share(step, asked, step)
@@ -211,17 +220,10 @@ class StepSampler:
             lambda: self._leaving or self._should_stop(),
         )
 
-    def _joined(self, rounds: Sequence["_Sampled"], step: int) -> StepSample:
-        rollouts = [
-            dataclasses.replace(rollout, policy_version=done.version)
-            for done in rounds
-            for rollout in done.share.rollouts
-        ]
-        grades = [grade for done in rounds for grade in done.share.grades]
-        require_graded(grades, self._config.max_ungraded_share)
-        facts, rewards = step_rewards(self._config, self._model, rollouts, grades, step)
-        seconds = sum(done.share.seconds for done in rounds)
-        return StepSample(rollouts, grades, facts, rewards, seconds)
+    def _judged(self, share: Share, version: int, step: int) -> StepSample:
+        rollouts = [dataclasses.replace(r, policy_version=version) for r in share.rollouts]
+        judged = step_rewards(self._config, self._model, rollouts, share.grades, step)
+        return StepSample(rollouts, share.grades, *judged, share.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,13 +235,18 @@ class _Ahead:
     share: "concurrent.futures.Future[Share]"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sampled:
-    """A round, sampled by all processes."""
+def _joined(rounds: Sequence[StepSample]) -> StepSample:
+    def together(name: str) -> list[Any]:
+        return [item for done in rounds for item in getattr(done, name)]
 
-    asked: Round
-    version: int
-    share: Share
+    return StepSample(
+        rollouts=together("rollouts"),
+        grades=together("grades"),
+        facts=together("facts"),
+        terms=together("terms"),
+        rewards=np.concatenate([done.rewards for done in rounds]),
+        seconds=sum(done.seconds for done in rounds),
+    )
 
 
 def _everywhere(fact: bool) -> bool:
