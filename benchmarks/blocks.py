@@ -6,13 +6,11 @@ since the peers' workers run in environments of their own.
 """
 
 import json
-import os
 import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -78,45 +76,6 @@ def alternate(
         for worker, found in order if block % 2 == 0 else reversed(order):
             found.append(worker.ask(f"go {steps}")["seconds"] / steps)
     return seconds
-
-
-def side_by_side(
-    pythons: Sequence[tuple[str, str]],
-    prepare: Callable[[pathlib.Path], None],
-    environ: Mapping[str, str],
-    *,
-    warm_up: int,
-    blocks: int,
-    steps: int,
-) -> tuple[list[list[float]], list[dict[str, Any]]]:
-    """Runs workers by turns.
-
-    Args:
-      pythons: an interpreter and a module for every worker.
-      prepare: fills the folder that all of them are given.
-      environ: added to the environment.
-      warm_up: steps that do not count.
-      blocks: of each worker.
-      steps: of a block.
-
-    Returns:
-      For every worker the seconds per step of its blocks, and what it said at the end.
-    """
-    repository = pathlib.Path(__file__).parents[1]
-    environ = {**os.environ, **environ, "PYTHONPATH": str(repository)}
-    with tempfile.TemporaryDirectory(prefix="tw_jax_") as name:
-        folder = pathlib.Path(name)
-        prepare(folder)
-        workers = []
-        try:
-            for python, module in pythons:
-                log = folder / f"{module}.log"
-                workers.append(Worker([python, "-m", module, str(folder)], environ, log))
-            seconds = alternate(workers, warm_up=warm_up, blocks=blocks, steps=steps)
-            return seconds, [worker.ask("stop") for worker in workers]
-        finally:
-            for worker in workers:
-                worker.close()
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

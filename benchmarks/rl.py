@@ -16,14 +16,13 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from benchmarks.blocks import side_by_side, summary
-from benchmarks.peers import peer_python
+from benchmarks.beside_peer import beside_peer
+from benchmarks.blocks import summary
 from benchmarks.shapes import TINY
 from tw_jax.models import init_params
 from tw_jax.models.export_weights import export_model
@@ -67,16 +66,8 @@ def prepare(folder: pathlib.Path) -> None:
 
 def run(peer: str = "tunix") -> dict[str, Any]:
     """Medians over alternating blocks of one step each."""
-    seconds, (ours, theirs) = side_by_side(
-        [
-            (sys.executable, "benchmarks.rl_worker"),
-            (peer_python(peer), f"benchmarks.peers.{peer}_rl"),
-        ],
-        prepare,
-        ENVIRONMENT,
-        warm_up=WARM_UP,
-        blocks=BLOCKS,
-        steps=STEPS,
+    seconds, (ours, theirs) = beside_peer(
+        "rl", peer, prepare, ENVIRONMENT, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS
     )
     our_time, their_time = map(summary, seconds)
     expected = PROMPTS * GROUP_SIZE * NEW_TOKENS

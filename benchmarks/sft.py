@@ -8,13 +8,12 @@ default of both), all is float32, and every row is full, so tokens per step are 
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
 
-from benchmarks.blocks import side_by_side, summary
-from benchmarks.peers import peer_python
+from benchmarks.beside_peer import beside_peer
+from benchmarks.blocks import summary
 from benchmarks.shapes import TINY
 from tw_jax.models import init_params
 from tw_jax.models.export_weights import export_model
@@ -47,16 +46,8 @@ def prepare(folder: pathlib.Path) -> None:
 
 def run(peer: str = "tunix") -> dict[str, Any]:
     """Medians over alternating blocks."""
-    seconds, (ours, theirs) = side_by_side(
-        [
-            (sys.executable, "benchmarks.sft_worker"),
-            (peer_python(peer), f"benchmarks.peers.{peer}_sft"),
-        ],
-        prepare,
-        ENVIRONMENT,
-        warm_up=WARM_UP,
-        blocks=BLOCKS,
-        steps=STEPS,
+    seconds, (ours, theirs) = beside_peer(
+        "sft", peer, prepare, ENVIRONMENT, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS
     )
     our_time, their_time = map(summary, seconds)
     tokens = ROWS * ROW_LEN

@@ -13,7 +13,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
@@ -21,15 +20,11 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 
 from benchmarks.blocks import answer, asked_blocks
 from benchmarks.peers.tunix_model import load_model
+from benchmarks.peers.tunix_optimizer import make_optimizer
 from benchmarks.peers.tunix_rollout import NumberTokenizer
 from benchmarks.rl_task import reward
 
 NO_TOKEN = 1_000_000  # an end of text that is never sampled
-
-
-def matrices(params):
-    """Which parameters take weight decay."""
-    return jax.tree.map(lambda leaf: jax.numpy.ndim(leaf) >= 2, params)
 
 
 def main(folder: pathlib.Path) -> None:
@@ -39,17 +34,7 @@ def main(folder: pathlib.Path) -> None:
     prompts = np.array(asked["prompts"])  # [steps, prompts, tokens]
     tokenizer = NumberTokenizer(asked["bos_id"], asked["eos_id"], asked["pad_id"])
     actor = load_model(folder / "weights", shape)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(settings["clip_norm"]),
-        optax.adamw(
-            settings["learning_rate"],
-            b1=settings["beta1"],
-            b2=settings["beta2"],
-            eps=settings["eps"],
-            weight_decay=settings["weight_decay"],
-            mask=matrices,
-        ),
-    )
+    optimizer = make_optimizer(settings)
     # Its models' shardings name both axes.
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     cluster = RLCluster(

@@ -11,15 +11,14 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from tunix.sft import utils as tunix_inputs
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 from benchmarks.blocks import answer, asked_blocks
 from benchmarks.peers.tunix_model import load_model
+from benchmarks.peers.tunix_optimizer import make_optimizer
 
 
 def model_input(batch: TrainingInput) -> dict:
@@ -32,28 +31,13 @@ def model_input(batch: TrainingInput) -> dict:
     }
 
 
-def matrices(params):
-    """Which parameters take weight decay."""
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
-
-
 def main(folder: pathlib.Path) -> None:
     """Trains in blocks as asked on standard input."""
     shape = json.loads((folder / "shape.json").read_text())
     settings = json.loads((folder / "optimizer.json").read_text())
     tokens = np.load(folder / "tokens.npy")
     model = load_model(folder / "weights", shape)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(settings["clip_norm"]),
-        optax.adamw(
-            settings["learning_rate"],
-            b1=settings["beta1"],
-            b2=settings["beta2"],
-            eps=settings["eps"],
-            weight_decay=settings["weight_decay"],
-            mask=matrices,
-        ),
-    )
+    optimizer = make_optimizer(settings)
     trainer = PeftTrainer(model, optimizer, TrainingConfig(eval_every_n_steps=10**9))
     trainer = trainer.with_gen_model_input_fn(model_input)
 

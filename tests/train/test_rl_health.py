@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -166,6 +167,13 @@ def test_a_run_of_the_quickstarts_size_is_not_stopped_by_chance(accuracies, seed
             dataclasses.replace(FINE, accuracy=float(right.mean()), teaching_groups=teaching)
         )
     assert stop(steps) is None
+
+
+def test_docs_and_help_say_how_many_groups_it_takes():
+    docs = pathlib.Path(__file__).parents[2] / "docs/rl.md"
+    said = re.compile(rf"at least\s+{LEAST_GROUPS_WITHOUT_SIGNAL}\b")
+    assert said.search(docs.read_text(encoding="utf-8"))
+    assert said.search(str(HealthConfig.__doc__))
 
 
 def test_messages_name_settings_that_exist():

@@ -7,6 +7,7 @@ from tw_jax.data.problem_file import ProblemColumns
 from tw_jax.data.problem_prompts import PromptedProblem, read_prompted_problems
 from tw_jax.data.rejects import Rejects
 from tw_jax.evals.metrics import RolloutRecord, Style
+from tw_jax.evals.problems import judged_record
 from tw_jax.rewards.graders import Grade, GradingConfig, open_grader
 from tw_jax.rewards.grading import answer_text, format_valid
 from tw_jax.rewards.grading_queue import GradingQueue
@@ -14,7 +15,6 @@ from tw_jax.rollout.engine import RolloutEngine
 from tw_jax.rollout.request import Request, SamplingParams, sampling_seed
 from tw_jax.rollout.rollout import Rollout
 from tw_jax.train.run_dir import LoadedModel
-from tw_jax.trajectory.metrics import acceleration_ratio
 
 
 def evaluate_sources(
@@ -111,15 +111,11 @@ def _sample(
 def _record(
     model: LoadedModel, rollout: Rollout, grade: Grade, problem: int, style: Style
 ) -> RolloutRecord:
-    return RolloutRecord(
-        problem=problem,
+    return judged_record(
+        rollout,
+        index=problem,
         style=style,
         answer=grade.extracted,
         correct=grade.correct,
-        total_tokens=rollout.total_tokens,
-        critical_path=rollout.critical_path,
-        acceleration_ratio=acceleration_ratio(rollout.total_tokens, rollout.critical_path),
-        has_block=bool(rollout.trajectory.blocks),
-        format_valid=format_valid(rollout.trajectory, model.schema),
-        finish_reason=rollout.finish_reason,
+        valid=format_valid(rollout.trajectory, model.schema),
     )

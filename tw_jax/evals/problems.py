@@ -49,16 +49,38 @@ def record_rollout(
 ) -> RolloutRecord:
     """Grades a rollout of problem number `index`."""
     graded = grade(rollout, problem, task, tokenizer, schema)
-    return RolloutRecord(
-        problem=index,
+    return judged_record(
+        rollout,
+        index=index,
         style=style,
         answer=graded.answer,
         correct=graded.correct,
+        valid=graded.format_valid,
+        seconds=seconds,
+    )
+
+
+def judged_record(
+    rollout: Rollout,
+    *,
+    index: int,
+    style: Style,
+    answer: str | None,
+    correct: bool,
+    valid: bool,
+    seconds: float | None = None,
+) -> RolloutRecord:
+    """The record of a rollout of problem number `index` that has been judged already."""
+    return RolloutRecord(
+        problem=index,
+        style=style,
+        answer=answer,
+        correct=correct,
         total_tokens=rollout.total_tokens,
         critical_path=rollout.critical_path,
         acceleration_ratio=acceleration_ratio(rollout.total_tokens, rollout.critical_path),
         has_block=bool(rollout.trajectory.blocks),
-        format_valid=graded.format_valid,
+        format_valid=valid,
         finish_reason=rollout.finish_reason,
         seconds=seconds,
     )
