@@ -4,18 +4,28 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.blocks import Worker, alternate
 from benchmarks.peers import peer_python
+
+# Of both sides' workers.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+ADAMW = {
+    "schedule": "constant",
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
 
 
 def beside_peer(
     name: str,
     peer: str,
     prepare: Callable[[pathlib.Path], None],
-    environ: Mapping[str, str],
     *,
     warm_up: int,
     blocks: int,
@@ -27,7 +37,6 @@ def beside_peer(
       name: of the benchmark.
       peer: whose environment the other worker runs in.
       prepare: fills the folder that both are given.
-      environ: added to the environment.
       warm_up: steps that do not count.
       blocks: of each worker.
       steps: of a block.
@@ -36,7 +45,7 @@ def beside_peer(
       For ours and for theirs the seconds per step of every block, and what it said at the end.
     """
     repository = pathlib.Path(__file__).parents[1]
-    environ = {**os.environ, **environ, "PYTHONPATH": str(repository)}
+    environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(repository)}
     modules = {
         f"benchmarks.{name}_worker": sys.executable,
         f"benchmarks.peers.{peer}_{name}": peer_python(peer),

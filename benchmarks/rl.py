@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.beside_peer import beside_peer
+from benchmarks.beside_peer import ADAMW, ENVIRONMENT, beside_peer
 from benchmarks.blocks import summary
 from benchmarks.shapes import TINY
 from tw_jax.models import init_params
@@ -31,16 +31,7 @@ from tw_jax.tasks.character_tokenizer import load_tokenizer
 PROMPTS, GROUP_SIZE, PROMPT_LEN, NEW_TOKENS = 4, 8, 32, 128
 KL_COEFFICIENT = 0.04
 WARM_UP, BLOCKS, STEPS = 4, 12, 1
-OPTIMIZER = {
-    "learning_rate": 1e-5,
-    "schedule": "constant",
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "clip_norm": 1.0,
-}
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+OPTIMIZER = {"learning_rate": 1e-5, **ADAMW}
 
 
 def prepare(folder: pathlib.Path) -> None:
@@ -67,7 +58,7 @@ def prepare(folder: pathlib.Path) -> None:
 def run(peer: str = "tunix") -> dict[str, Any]:
     """Medians over alternating blocks of one step each."""
     seconds, (ours, theirs) = beside_peer(
-        "rl", peer, prepare, ENVIRONMENT, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS
+        "rl", peer, prepare, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS
     )
     our_time, their_time = map(summary, seconds)
     expected = PROMPTS * GROUP_SIZE * NEW_TOKENS

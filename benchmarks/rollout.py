@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.beside_peer import ENVIRONMENT
 from benchmarks.blocks import Worker, alternate, summary
 from benchmarks.peers import peer_python
 from benchmarks.shapes import SMALL, TINY
@@ -41,7 +42,6 @@ MIXED_REQUESTS, MIXED_NEW = 256, (32, 512)
 FLOAT32 = ("float32",)
 BOTH = ("float32", "bfloat16")
 WARM_UP = 2  # a second call may compile again, for arrays that have found their device meanwhile
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.beside_peer import beside_peer
+from benchmarks.beside_peer import ADAMW, ENVIRONMENT, beside_peer
 from benchmarks.blocks import summary
 from benchmarks.shapes import TINY
 from tw_jax.models import init_params
@@ -21,16 +21,7 @@ from tw_jax.tasks.character_tokenizer import load_tokenizer
 
 ROWS, ROW_LEN = 8, 512
 WARM_UP, BLOCKS, STEPS = 4, 24, 2  # the peer compiles its step twice
-OPTIMIZER = {
-    "learning_rate": 1e-3,
-    "schedule": "constant",
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "clip_norm": 1.0,
-}
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+OPTIMIZER = {"learning_rate": 1e-3, **ADAMW}
 
 
 def prepare(folder: pathlib.Path) -> None:
@@ -47,7 +38,7 @@ def prepare(folder: pathlib.Path) -> None:
 def run(peer: str = "tunix") -> dict[str, Any]:
     """Medians over alternating blocks."""
     seconds, (ours, theirs) = beside_peer(
-        "sft", peer, prepare, ENVIRONMENT, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS
+        "sft", peer, prepare, warm_up=WARM_UP, blocks=BLOCKS, steps=STEPS
     )
     our_time, their_time = map(summary, seconds)
     tokens = ROWS * ROW_LEN

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.test_rl import SMALL
+from tests.train.test_rl import SMALL, saved_start
 from tw_jax.config import to_yaml
 from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.rollout_devices import RolloutDevicesConfig
 from tw_jax.train.rollout_samples import RolloutSamplesConfig, read_samples
-from tw_jax.train.run_dir import ModelConfig, load_run, new_model, save_model
+from tw_jax.train.run_dir import load_run
 from tw_jax.train.tracker import TrackerConfig
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -51,10 +51,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    model = new_model(ModelConfig(), 0)
-    save_model(folder, model, model.params)
-    return folder
+    return saved_start(tmp_path_factory.mktemp("start"))
 
 
 def command(config, processes, devices):

@@ -11,11 +11,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.update import as_rollout
 from tests.native_oracle import positions_and_steps, visible_pairs
 from tests.random_trajectories import random_trajectories
 from tests.test_laws import GRAPHDEF, PARAMS, assert_trees_close
 from tw_jax.data.packing import best_fit_rows, pack_rows
-from tw_jax.rollout.rollout import Rollout, RolloutUnit
 from tw_jax.train.group_forest import group_forest
 from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.objective_presets import PRESETS
@@ -29,34 +29,6 @@ ROW_LEN, LONGEST = 768, 256
 CALLS = 7  # at most, of one rollout with two blocks of two threads
 
 
-def as_rollout(trajectory, schema, rng):
-    """A rollout whose sampler log-probabilities are random but known."""
-    units = []
-    start = trajectory.response_start
-    for unit in schema.units(trajectory):
-        if unit.kind == "thread":
-            unit_start = trajectory.blocks[unit.block].threads[unit.thread - 1].body
-        else:
-            unit_start = start if unit.block == 0 else trajectory.blocks[unit.block - 1].join_end
-        units.append(
-            RolloutUnit(
-                kind=unit.kind,
-                parent=-1,
-                block=unit.block,
-                thread=unit.thread,
-                context_len=len(unit.context),
-                start=unit_start,
-                completion=unit.completion,
-                logprobs=-rng.random(len(unit.completion)).astype(np.float32),
-                finish_reason="eos",
-                row=0,
-                start_step=0,
-                end_step=0,
-            )
-        )
-    return Rollout(trajectory, tuple(units), "eos", 0, 0)
-
-
 def draw_group(data, tokenizer, schema, size):
     """Rollouts that share a prompt; some threads closed by the engine."""
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
@@ -64,7 +36,7 @@ def draw_group(data, tokenizer, schema, size):
     for _ in range(size):
         drawn = data.draw(random_trajectories(tokenizer, schema, max_blocks=2, max_threads=2))
         shift = len(PROMPT) - drawn.prompt_len
-        group.append(as_rollout(_shifted(drawn, shift), schema, rng))
+        group.append(as_rollout(schema, _shifted(drawn, shift), rng))
     return group
 
 

@@ -48,13 +48,16 @@ SMALL = RLConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def saved_start(folder):
     """A model that emits every token often: uniform but for a random twist."""
-    folder = tmp_path_factory.mktemp("runs") / "start"
     model = new_model(ModelConfig(), 0)
     save_model(folder, model, model.params)
     return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return saved_start(tmp_path_factory.mktemp("runs") / "start")
 
 
 def config_in(folder, start, **changes):

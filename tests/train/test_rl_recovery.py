@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.test_rl import SMALL
+from tests.train.test_rl import SMALL, saved_start
 from tw_jax.config import to_yaml
 from tw_jax.train.jsonl_tracker import read_metrics
 from tw_jax.train.objective import ObjectiveConfig
 from tw_jax.train.pending_rollouts import FOLDER
 from tw_jax.train.rollout_samples import read_samples
-from tw_jax.train.run_dir import ModelConfig, load_run, new_model, save_model
+from tw_jax.train.run_dir import load_run
 from tw_jax.train.tracker import TrackerConfig
 
 pytestmark = pytest.mark.slow
@@ -42,10 +42,7 @@ KILLS = {"in_turn": 10, "overlapping": 5}
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    model = new_model(ModelConfig(), 0)
-    save_model(folder, model, model.params)
-    return folder
+    return saved_start(tmp_path_factory.mktemp("start"))
 
 
 def begin(name, start, folder):
