@@ -108,17 +108,17 @@ def attend_rows(
     keys, values = cache.keys[layer], cache.values[layer]
     rows, kv_heads, _, page_size = keys[0].shape
     grouped = _grouped(q[:, None], kv_heads, keys[0].dtype)
-    ends = [(positions - index * page_size)[:, None] for index in range(len(keys))]
+    end = positions[:, None]
 
     def gathered(index: int):
         return read_pages(cache, layer, index, table[:, index])
 
     def column(index: int) -> _Partial:
         def in_place():
-            return _attend_page(grouped, keys[index], values[index], ends[index])
+            return _attend_page(grouped, keys[index], values[index], end - index * page_size)
 
         def gather():
-            return _attend_page(grouped, *gathered(index), ends[index])
+            return _attend_page(grouped, *gathered(index), end - index * page_size)
 
         def skip():
             return _nothing(grouped)
@@ -131,7 +131,7 @@ def attend_rows(
     def at_once(read, count: int):
         def attend():
             k, v = zip(*map(read, range(count)), strict=True)
-            return _attend_pages(grouped, k, v, ends[:count])
+            return _attend_pages(grouped, k, v, end)
 
         return attend
 
@@ -202,7 +202,7 @@ def _attend_page(
     end: Int32[Array, "rows len"],
 ) -> _Partial:
     """Softmax over one page, up to and including `end`; scores and softmax in float32."""
-    score = _scores(grouped, keys, end)
+    score = _masked(_products(grouped, keys), grouped, end)
     highest = jnp.maximum(score.max(axis=-1), _FLOOR)
     weight = jnp.exp(score - highest[..., None])
     return highest, weight.sum(axis=-1), _mix(weight, values)
@@ -212,28 +212,36 @@ def _attend_pages(
     grouped: Float[Array, "rows kv_heads queries dim"],
     keys: Sequence[Float[Array, "rows kv_heads dim page"]],
     values: Sequence[Float[Array, "rows kv_heads page dim"]],
-    ends: Sequence[Int32[Array, "rows len"]],
+    end: Int32[Array, "rows len"],
 ) -> Float32[Array, "rows kv_heads queries dim"]:
-    """Softmax over several pages; every row must see something."""
-    scores = [_scores(grouped, k, end) for k, end in zip(keys, ends, strict=True)]
-    highest = functools.reduce(jnp.maximum, [score.max(axis=-1) for score in scores])
-    weights = [jnp.exp(score - highest[..., None]) for score in scores]
-    total = sum(weight.sum(axis=-1) for weight in weights)
-    mixed = sum(_mix(weight, v) for weight, v in zip(weights, values, strict=True))
-    return mixed / jnp.asarray(total)[..., None]
+    """Softmax over the first pages of a line, at once; every row must see something.
+
+    The scores are small beside the pages: a copy of them costs less than a softmax in parts.
+    """
+    score = _masked(jnp.concatenate([_products(grouped, k) for k in keys], axis=-1), grouped, end)
+    weight = jnp.exp(score - score.max(axis=-1, keepdims=True))
+    parts = jnp.split(weight, len(keys), axis=-1)
+    mixed = sum(_mix(part, v) for part, v in zip(parts, values, strict=True))
+    return mixed / weight.sum(axis=-1, keepdims=True)
 
 
-def _scores(
+def _products(
     grouped: Float[Array, "rows kv_heads queries dim"],
     keys: Float[Array, "rows kv_heads dim page"],
-    end: Int32[Array, "rows len"],
 ) -> Float32[Array, "rows kv_heads queries page"]:
-    """Masked scores."""
-    score = jnp.einsum("rkqd,rkds->rkqs", grouped, keys, preferred_element_type=jnp.float32)
+    return jnp.einsum("rkqd,rkds->rkqs", grouped, keys, preferred_element_type=jnp.float32)
+
+
+def _masked(
+    products: Float32[Array, "rows kv_heads queries places"],
+    grouped: Float[Array, "rows kv_heads queries dim"],
+    end: Int32[Array, "rows len"],
+) -> Float32[Array, "rows kv_heads queries places"]:
+    """Scores of the places up to and including `end`."""
     # Scaled after the product, as in training: rounding then agrees between the two.
-    score = score * grouped.shape[-1] ** -0.5
+    score = products * grouped.shape[-1] ** -0.5
     end = jnp.repeat(end, grouped.shape[2] // end.shape[1], axis=1)
-    visible = jnp.arange(keys.shape[3]) <= end[:, None, :, None]
+    visible = jnp.arange(products.shape[3]) <= end[:, None, :, None]
     return jnp.where(visible, score, _MASKED)
 
 
