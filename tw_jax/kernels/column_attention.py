@@ -156,6 +156,8 @@ def attend_chunks(
 ) -> Float[Array, "rows len heads dim"]:
     """A run of queries in each of a few lines, every one up to its own position.
 
+    The products are in the dtype of the queries: arithmetic binds them, not the memory traffic.
+
     Args:
       q: queries, unscaled.
       cache: holds the queries' own keys and values already.
@@ -166,13 +168,13 @@ def attend_chunks(
     """
     keys = cache.keys[layer]
     page_size = keys[0].shape[3]
-    grouped = _grouped(q, keys[0].shape[1], keys[0].dtype)
+    grouped = _grouped(q, keys[0].shape[1], q.dtype)
     parts = []
     for index in range(len(keys)):
 
         def gather(index=index):
-            pages = read_pages(cache, layer, index, table[:, index])
-            return _attend_page(grouped, *pages, positions - index * page_size)
+            k, v = (x.astype(q.dtype) for x in read_pages(cache, layer, index, table[:, index]))
+            return _attend_page(grouped, k, v, positions - index * page_size)
 
         def skip():
             return _nothing(grouped)

@@ -105,11 +105,15 @@ def _least(
     return lax.fori_loop(0, 32, halve, bounds)[1]
 
 
-def _first_highest(x: Float32[Array, "rows vocab"]) -> Int32[Array, "rows"]:
-    """`argmax`, in two reductions that XLA vectorises on CPU; argmax itself takes twice as long."""
+def _first_at(
+    x: Float32[Array, "rows vocab"], highest: Float32[Array, "rows"]
+) -> Int32[Array, "rows"]:
+    """`argmax` of rows whose highest entries are known.
+
+    Two reductions that XLA vectorises on CPU; argmax itself takes several times as long.
+    """
     vocab = x.shape[-1]
-    highest = x.max(axis=-1, keepdims=True)
-    index = jnp.where(x == highest, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    index = jnp.where(x == highest[:, None], jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
     return index.min(axis=-1)
 
 
@@ -137,8 +141,9 @@ def sample_tokens(
     """
     warm = asked.temperature > 0
     restricted = active & warm & ((asked.top_k > 0) | (asked.top_p < 1) | (asked.min_p > 0))
+    highest = logits.max(axis=-1)
 
-    def pick(logits):
+    def pick(logits, highest):
         def draw():
             scaled = logits / jnp.where(warm, asked.temperature, 1.0)[:, None]
             scaled = lax.cond(
@@ -146,17 +151,21 @@ def sample_tokens(
                 lambda: keep_likely(scaled, asked.top_k, asked.top_p, asked.min_p),
                 lambda: scaled,
             )
-            return _first_highest(jnp.where(warm[:, None], scaled + noise(), logits))
+            drawn = jnp.where(warm[:, None], scaled + noise(), logits)
+            return _first_at(drawn, drawn.max(axis=-1))
 
-        return lax.cond((active & warm).any(), draw, lambda: _first_highest(logits))
+        return lax.cond((active & warm).any(), draw, lambda: _first_at(logits, highest))
+
+    def pick_changed():
+        changed = change_logits(logits, asked, read_context)
+        return pick(changed, changed.max(axis=-1))
 
     # Two copies of the drawing: one place for both would have to copy the logits in every step.
     token = lax.cond(
-        (active & wants_change(asked)).any(),
-        lambda: pick(change_logits(logits, asked, read_context)),
-        lambda: pick(logits),
+        (active & wants_change(asked)).any(), pick_changed, lambda: pick(logits, highest)
     )
     if script is not None:
         token = jnp.where(script >= 0, script, token)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+    total = jnp.exp(logits - highest[:, None]).sum(axis=-1)
+    return token, chosen - (highest + jnp.log(total))
