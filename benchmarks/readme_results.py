@@ -82,7 +82,11 @@ def decoding_block() -> str:
         ("google-tunix: 3.3M parameters, 16 rows, float32", tunix, "tiny"),
         ("google-tunix: 100M parameters, 16 rows, each in its faster dtype", tunix, "100m"),
         ("google-tunix: 256 requests of 32 to 512 tokens, 16 rows, float32", tunix, "mixed"),
-        ("transformers: 3.3M parameters, 16 rows, each in its faster dtype", hf, "tiny"),
+        (
+            "transformers: 3.3M parameters, 16 rows, each in its faster dtype, one thread",
+            hf,
+            "tiny",
+        ),
     ):
         ours, peer = run[f"ours_tokens_per_s_{key}"], run[f"peer_tokens_per_s_{key}"]
         lines.append(f"| {what} | {ours:,.0f} | {peer:,.0f} | {run[f'ratio_{key}']:.2f} |")

@@ -12,8 +12,13 @@ compile before. Throughput counts the tokens that were asked for.
 Where float32 and bfloat16 are both run, the ratio is that of each side's faster one, which
 `fastest_*` names, and `ratio_*_float32` and `ratio_*_bfloat16` compare like with like; all else is
 float32. No request meets an end of text: the tokens that could end or pad a text have embeddings
-of zero, and a greedy choice among random logits is above zero. Torch keeps to one thread; two of
-its threads on a busy machine wait for each other actively and are several times slower.
+of zero, and a greedy choice among random logits is above zero.
+
+Torch keeps to one thread; two of its threads on a busy machine wait for each other actively and are
+several times slower. So `ratio_tiny` against it is one thread of ours against one of theirs, and
+`ratio_tiny_all_cores` has ours use all cores, which a model so small gains nothing from: waking a
+thread takes as long as what it is woken for.
+
 `equal_tokens` is the share of new tokens that both sides agree on in float32: greedy texts part
 where two candidates tie but for rounding, and then for good.
 """
@@ -45,6 +50,25 @@ WARM_UP = 2  # a second call may compile again, for arrays that have found their
 
 
 @dataclasses.dataclass(frozen=True)
+class Ours:
+    """How our engine runs.
+
+    Attributes:
+      rows: of the batch.
+      prefill_rows: see `EngineConfig`.
+      threads: of XLA; None for as many as there are cores.
+    """
+
+    rows: int
+    prefill_rows: int
+    threads: int | None = None
+
+    def environment(self) -> dict[str, str]:
+        """What tells XLA, which asks once, when the process begins."""
+        return {} if self.threads is None else {"PJRT_NPROC": str(self.threads)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
     """What is asked of both sides.
 
@@ -52,14 +76,14 @@ class Workload:
       model: shape of the model.
       new_tokens: of each request.
       dtypes: of the products and of what is stored between them, each side in each of them.
-      engines: sizes of our engine, by the suffix of the ratio's name.
+      engines: our engines, by the suffix of the ratio's name.
       turns: timed runs of each side.
     """
 
     model: Qwen3Config
     new_tokens: tuple[int, ...]
     dtypes: tuple[str, ...]
-    engines: dict[str, dict[str, int]]
+    engines: dict[str, Ours]
     turns: int
 
     @property
@@ -68,18 +92,16 @@ class Workload:
         return PROMPT_LEN + max(self.new_tokens)
 
 
-def _engine(rows: int, prefill_rows: int) -> dict[str, int]:
-    return {"rows": rows, "prefill_rows": prefill_rows}
-
-
 def workloads(peer: str) -> dict[str, Workload]:
     """What is measured against a peer, by the name of its ratio."""
-    fixed = {"": _engine(PEER_ROWS, PEER_ROWS)}  # all prompts arrive at once
+    all_at_once = Ours(PEER_ROWS, PEER_ROWS)  # as the prompts arrive
     if peer == "hf":
+        fixed = {"": dataclasses.replace(all_at_once, threads=1), "_all_cores": all_at_once}
         return {"tiny": Workload(TINY, (256,) * PEER_ROWS, BOTH, fixed, 7)}
+    fixed = {"": all_at_once}
     low, high = MIXED_NEW
     lengths = np.random.default_rng(0).integers(low, high + 1, MIXED_REQUESTS)
-    mixed = {"": _engine(16, 2), "_64_rows": _engine(64, 4)}
+    mixed = {"": Ours(16, 2), "_64_rows": Ours(64, 4)}
     return {
         "tiny": Workload(TINY, (256,) * PEER_ROWS, FLOAT32, fixed, 7),
         "100m": Workload(SMALL, (64,) * PEER_ROWS, BOTH, fixed, 5),
@@ -125,12 +147,13 @@ def measure(name: str, workload: Workload, peer: str) -> dict[str, Any]:
             for index, (side, dtype) in enumerate(sides):
                 if side is None:
                     command = [peer_python(peer), "-m", f"benchmarks.peers.{peer}_rollout"]
-                    command += [str(folder), dtype]
+                    command, more = [*command, str(folder), dtype], {}
                 else:
-                    sizes = json.dumps(workload.engines[side])
-                    command = [sys.executable, "-m", "benchmarks.rollout_worker"]
-                    command += [str(folder), dtype, sizes]
-                workers.append(Worker(command, environ, folder / f"{index}.log"))
+                    ours = workload.engines[side]
+                    command = [sys.executable, "-m", "benchmarks.rollout_worker", str(folder)]
+                    command += [dtype, json.dumps(dataclasses.asdict(ours))]
+                    more = ours.environment()
+                workers.append(Worker(command, environ | more, folder / f"{index}.log"))
             seconds = alternate(workers, warm_up=WARM_UP, blocks=workload.turns, steps=1)
             ends = [worker.ask("stop") for worker in workers]
         finally:
@@ -157,7 +180,7 @@ def compared(
     for dtype in workload.dtypes:
         versions = {"versions": ends[None, dtype]["versions"]}
         found[f"theirs_{name}_{dtype}"] = times[None, dtype] | versions
-    for side, sizes in workload.engines.items():
+    for side, engine in workload.engines.items():
         key, ours = name + side, fastest(side)
         found[f"ratio_{key}"] = median(None, theirs) / median(side, ours)
         found[f"ours_tokens_per_s_{key}"] = tokens / median(side, ours)
@@ -168,7 +191,8 @@ def compared(
         for dtype in workload.dtypes:
             if len(workload.dtypes) > 1:
                 found[f"ratio_{key}_{dtype}"] = median(None, dtype) / median(side, dtype)
-            more = {"engine": sizes, "versions": ends[side, dtype]["versions"]}
+            run_with = {"engine": dataclasses.asdict(engine)}
+            more = run_with | {"versions": ends[side, dtype]["versions"]}
             found[f"ours_{key}_{dtype}"] = times[side, dtype] | more
     return found
 

@@ -1,7 +1,7 @@
 """Worker of `python -m benchmarks rollout`: our engine, with all requests given to it at once.
 
 The folder is the one that `benchmarks.rollout` prepared; the other words are the dtype to compute
-in and the engine's sizes.
+in and `benchmarks.rollout.Ours`.
 """
 
 import importlib.metadata
@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 from benchmarks.blocks import answer, asked_blocks
+from benchmarks.rollout import Ours
 from tw_jax.models import Qwen3Config, graphdef
 from tw_jax.models.import_weights import load_params
 from tw_jax.rollout.engine import EngineConfig, RolloutEngine
@@ -21,7 +22,7 @@ from tw_jax.tasks.character_tokenizer import load_tokenizer
 from tw_jax.trajectory.schemas import make_schema
 
 
-def main(folder: pathlib.Path, dtype: str, sizes: dict[str, int]) -> None:
+def main(folder: pathlib.Path, dtype: str, ours: Ours) -> None:
     """Runs the workload as often as asked on standard input."""
     workload = json.loads((folder / "workload.json").read_text())
     shape = workload["shape"] | {"compute_dtype": dtype}
@@ -32,9 +33,9 @@ def main(folder: pathlib.Path, dtype: str, sizes: dict[str, int]) -> None:
         make_schema("threadweaver", load_tokenizer()),
         EngineConfig(
             context_len=workload["context_len"],
-            rows=sizes["rows"],
-            requests=sizes["rows"],
-            prefill_rows=sizes["prefill_rows"],
+            rows=ours.rows,
+            requests=ours.rows,
+            prefill_rows=ours.prefill_rows,
             max_threads=1,
             max_blocks=1,
             prefill_chunk=32,
@@ -65,4 +66,4 @@ def main(folder: pathlib.Path, dtype: str, sizes: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2], Ours(**json.loads(sys.argv[3])))

@@ -93,6 +93,15 @@ def test_rollout_prompts_are_plain_text_and_their_end_is_never_likeliest(tmp_pat
     assert not table[np.array([asked["pad_id"], asked["eos_id"]])].any()
 
 
+def test_ours_runs_on_one_thread_where_transformers_does() -> None:
+    engines = workloads("hf")["tiny"].engines
+    assert engines[""].environment() == {"PJRT_NPROC": "1"}
+    assert engines["_all_cores"].environment() == {}
+    assert not any(
+        ours.environment() for w in workloads("tunix").values() for ours in w.engines.values()
+    )
+
+
 def test_equal_share_counts_tokens() -> None:
     assert equal_share([[1, 2], [3]], [[1, 9], [3]]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="shorter"):

@@ -251,6 +251,24 @@ def test_chunks(seed):
                 np.testing.assert_allclose(out[chunk, i], expected, atol=EXACT)
 
 
+def test_chunks_are_multiplied_in_the_dtype_of_their_queries():
+    """As in training: bfloat16 queries round the keys, values and weights that they meet."""
+    filled = fill(in_their_places(), [LENGTH] * ROWS)
+    rows, positions = np.arange(2), np.array([[PAGE + 1, PAGE + 2], [4, 5]], np.int32)
+    q = jnp.asarray(queries(3, 2, 2), jnp.bfloat16)
+
+    def products(q, *args):
+        return str(jax.make_jaxpr(lambda *x: attend_chunks(x[0], x[1], 0, *x[2:]))(q, *args))
+
+    args = split(filled.cache), filled.table[rows], positions, jnp.int32(LENGTH)
+    text = products(q, *args)
+    assert "bf16[2,2,8,8]" in text and text.count("preferred_element_type=float32") == 2 * COLUMNS
+    out = chunks_attend(q, split(filled.cache), 0, *args[1:])
+    assert out.dtype == jnp.bfloat16
+    exact = chunks_attend(jnp.float32(q), split(filled.cache), 0, *args[1:])
+    np.testing.assert_allclose(jnp.float32(out), exact, atol=0.03)
+
+
 def test_a_cache_in_bfloat16():
     lengths = [LENGTH, 3, PAGE, 0, 2 * PAGE + 1]
     filled, q = fill(in_their_places(), lengths, dtype=jnp.bfloat16), queries()
