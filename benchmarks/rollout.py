@@ -191,9 +191,10 @@ def compared(
         for dtype in workload.dtypes:
             if len(workload.dtypes) > 1:
                 found[f"ratio_{key}_{dtype}"] = median(None, dtype) / median(side, dtype)
-            run_with = {"engine": dataclasses.asdict(engine)}
-            more = run_with | {"versions": ends[side, dtype]["versions"]}
-            found[f"ours_{key}_{dtype}"] = times[side, dtype] | more
+            found[f"ours_{key}_{dtype}"] = times[side, dtype] | {
+                "engine": dataclasses.asdict(engine),
+                "versions": ends[side, dtype]["versions"],
+            }
     return found
 
 
