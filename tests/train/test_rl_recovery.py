@@ -78,9 +78,11 @@ def last_step(folder):
 
 def wait_for_step(process, folder, step):
     """Returns when the run has sampled something and logged that step, or ended."""
-    while process.poll() is None and not (
-        list(folder.glob(f"{FOLDER}/*/*")) and last_step(folder) >= step
-    ):
+    while process.poll() is None:
+        # The run removes the folders of finished steps meanwhile; `os.walk` passes over them.
+        sampled = any(files for _, _, files in os.walk(folder / FOLDER))
+        if sampled and last_step(folder) >= step:
+            return
         time.sleep(0.02)
 
 
